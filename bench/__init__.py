@@ -1,0 +1,1 @@
+"""Benchmarks, parity checks and the demo: what `fused-opt` runs."""

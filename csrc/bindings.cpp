@@ -1,0 +1,138 @@
+// The Python module fused_opt._cpu: names and conversions, no arithmetic. See fused_opt/native.py for its use.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "batch.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace fused_opt {
+namespace {
+
+struct RuleInfo {
+  const char* name;
+  const KernelsByDtype* KernelTable::*kernels;
+  unsigned flag_combinations;
+  size_t scalars;
+};
+
+constexpr RuleInfo rules[] = {
+    {"adam", &KernelTable::adam, adam::kFlagCombinations, adam::kScalars},
+    {"rmsprop", &KernelTable::rmsprop, rmsprop::kFlagCombinations, rmsprop::kScalars},
+    {"sgd", &KernelTable::sgd, sgd::kFlagCombinations, sgd::kScalars},
+};
+
+const RuleInfo& find_rule(const std::string& name) {
+  for (const RuleInfo& rule : rules)
+    if (name == rule.name) return rule;
+  throw py::value_error("unknown rule '" + name + "'; it must be adam, rmsprop or sgd");
+}
+
+const Isa& find_isa(const std::string& name) {
+  for (int i = 0; i < isa_count; ++i)
+    if (name == isas[i].name) return isas[i];
+  throw py::value_error("unknown instruction set '" + name + "'");
+}
+
+TensorReader& reader() {
+  static TensorReader* const instance = new TensorReader();  // never destroyed: batches may outlive the module
+  return *instance;
+}
+
+Layout make_layout(const std::vector<std::string>& slots, const std::string& counter) {
+  if (slots.size() > kMaxStates) throw py::value_error("a rule has at most " + std::to_string(kMaxStates) + " states");
+  Layout layout{{}, counter.empty() ? nullptr : PyUnicode_InternFromString(counter.c_str())};
+  for (const auto& slot : slots) layout.slots.push_back(PyUnicode_InternFromString(slot.c_str()));
+  return layout;  // interned keys are kept for the life of the process: there are eight of them in all
+}
+
+py::list to_list(const std::vector<PyObject*>& objects) {
+  py::list list;
+  for (PyObject* object : objects) list.append(py::handle(object));
+  return list;
+}
+
+using Programs = std::vector<std::pair<unsigned, std::vector<double>>>;  // flags and scalars, one pair a cohort
+
+// What a call did, as told by the code that did it: the instruction set is the name compiled into the kernels' own object file.
+struct Ran {
+  const char* isa;
+  int threads;
+};
+
+Ran run(Batch& batch, const std::string& rule_name, const Programs& programs, const std::string& isa_name, int max_threads) {
+  const RuleInfo& rule = find_rule(rule_name);
+  const Isa& isa = find_isa(isa_name);
+  if (!isa.supported()) throw py::value_error("this CPU cannot run " + isa_name);
+  if (programs.size() != batch.cohorts.size()) throw py::value_error("one program per cohort is needed");
+  for (const auto& [flags, scalars] : programs)
+    if (flags >= rule.flag_combinations || scalars.size() != rule.scalars)
+      throw py::value_error("rule " + rule_name + " takes " + std::to_string(rule.scalars) + " scalars and flags below " +
+                            std::to_string(rule.flag_combinations));
+
+  std::vector<Task> tasks;
+  tasks.reserve(batch.entries.size());
+  for (const Entry& entry : batch.entries) {
+    const auto& [flags, scalars] = programs[static_cast<size_t>(entry.cohort)];
+    const Kernel kernel = (isa.kernels->*rule.kernels)[flags].at[static_cast<int>(entry.dtype)];
+    tasks.push_back({kernel, scalars.data(), entry.run, static_cast<uint8_t>(entry.dtype == Dtype::kFloat32 ? 4 : 8)});
+  }
+  int threads;
+  {
+    py::gil_scoped_release release;
+    threads = run_parallel(tasks, max_threads);
+    batch.count_steps();
+  }
+  return {isa.kernels->isa, threads};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of fused_opt. Internal: use the classes of fused_opt.";
+
+  m.def("isas", [] {
+    std::vector<std::pair<std::string, bool>> list;
+    for (int i = 0; i < isa_count; ++i) list.emplace_back(isas[i].name, isas[i].supported());
+    return list;
+  }, "The instruction sets compiled in, plainest first, each with whether this CPU runs it.");
+  m.def("reader", [] { return reader().method(); }, "How tensors are read: 'dlpack' or 'data_ptr'.");
+  m.def("forget_exchange_table", [] { reader().forget_exchange_table(); }, "Test hook.");
+  m.attr("compiler") = __VERSION__;
+
+  py::class_<Batch>(m, "Batch")
+      .def(py::init([](const std::vector<std::string>& slots, const std::string& counter) {
+             return std::make_unique<Batch>(reader(), make_layout(slots, counter));
+           }), py::arg("slots"), py::arg("counter"))
+      .def("gather", [](Batch& self, const py::list& params, const py::dict& state, bool assume_grad) {
+             self.gather(params.ptr(), state.ptr(), assume_grad);
+           }, py::arg("params"), py::arg("state"), py::arg("assume_grad") = false)
+      .def("adopt", [](Batch& self, size_t i, const py::dict& state) { self.adopt(i, state.ptr()); })
+      .def("clear", &Batch::clear)
+      .def("shares_memory", &Batch::shares_memory)
+      .def("run", &run, py::arg("rule"), py::arg("programs"), py::arg("isa"), py::arg("max_threads"))
+      .def_property_readonly("missing", [](const Batch& self) {
+             std::vector<Py_ssize_t> indices;
+             for (const auto& m : self.missing) indices.push_back(m.index);
+             return indices;
+           })
+      .def_property_readonly("declined", [](const Batch& self) { return self.declined; })
+      .def_property_readonly("cohorts", [](const Batch& self) {
+             std::vector<std::pair<double, bool>> list;
+             for (const Cohort& c : self.cohorts) list.emplace_back(c.step, c.fresh);
+             return list;
+           })
+      .def_property_readonly("written", [](const Batch& self) {
+             py::list list = to_list(self.params);
+             for (PyObject* object : self.written) list.append(py::handle(object));
+             return list;
+           });
+
+  py::class_<Ran>(m, "Ran").def_readonly("isa", &Ran::isa).def_readonly("threads", &Ran::threads);
+}
+
+}  // namespace fused_opt

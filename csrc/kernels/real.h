@@ -1,0 +1,37 @@
+// The three operations of the arithmetic contract that C++ leaves to the compiler: a fused multiply-add that rounds once, a correctly
+// rounded square root, and a maximum that keeps NaN. Builtins only: an inline function of the standard library compiled here for
+// AVX-512 could be the copy that the linker keeps for everybody, and an older CPU would then fault on it.
+#pragma once
+
+namespace fused_opt::FUSED_OPT_ISA {
+namespace {
+
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+inline float sqrt(float x) { return __builtin_sqrtf(x); }
+inline double sqrt(double x) { return __builtin_sqrt(x); }
+
+// As torch.maximum: NaN if either is.
+template <class T>
+inline T max_keep_nan(T a, T b) {
+  const T larger = a > b ? a : b;  // b if a is NaN
+  return a != a ? a : larger;
+}
+
+// As Tensor.lerp_(end, weight), which switches formula at one half so that weight 1 gives `end` exactly.
+template <class T>
+struct Lerp {
+  T coefficient;
+  bool from_end;
+
+  explicit Lerp(T weight)
+      : coefficient(weight < T(0.5) ? weight : weight - T(1)), from_end(!(weight < T(0.5))) {}
+
+  T operator()(T start, T end) const {
+    return fma(coefficient, end - start, from_end ? end : start);
+  }
+};
+
+}  // namespace
+}  // namespace fused_opt::FUSED_OPT_ISA

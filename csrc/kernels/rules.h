@@ -1,0 +1,129 @@
+// The update rules: one element in, one element out. A rule knows no memory, loop, thread or storage format.
+//
+// Every operation rounds once, `fma` is written where torch's CPU kernels have one (found by trying every contraction against torch 2.13,
+// fused and for-loop, in both precisions: exactly one form of each rule gives no differing bit), and no other contraction is allowed
+// (-ffp-contract=off). Scalars are computed by the caller in double and rounded once to T here.
+//
+// A flag is a compile-time option: it changes which states are touched, or it adds an operation that no constant can neutralise
+// (L2 decay: g + 0*p is not g where p is infinite). Flag bits and scalar order are the contract with fused_opt/rules.py; a test compares.
+#pragma once
+
+#include "real.h"
+#include "../request.h"
+
+namespace fused_opt::FUSED_OPT_ISA {
+namespace {
+
+// Kingma & Ba 2015 (Adam), Reddi et al. 2018 (AMSGrad), Loshchilov & Hutter 2019 (AdamW: `keep` < 1 and no l2).
+template <class T, unsigned kFlags>
+struct Adam {
+  using Real = T;
+  static constexpr bool amsgrad = kFlags & adam::kAmsgrad;
+  static constexpr bool l2 = kFlags & adam::kL2;
+  static constexpr int kStates = amsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+
+  T sign, decay, keep, beta2, one_minus_beta2, sqrt_bias_correction2, eps, negative_step_size;
+  Lerp<T> lerp;
+
+  explicit Adam(const double* s)
+      : sign(T(s[adam::kSign])),
+        decay(T(s[adam::kDecay])),
+        keep(T(s[adam::kKeep])),
+        beta2(T(s[adam::kBeta2])),
+        one_minus_beta2(T(s[adam::kOneMinusBeta2])),
+        sqrt_bias_correction2(T(s[adam::kSqrtBiasCorrection2])),
+        eps(T(s[adam::kEps])),
+        negative_step_size(T(s[adam::kNegativeStepSize])),
+        lerp(T(s[adam::kOneMinusBeta1])) {}
+
+  void operator()(T& p, T g, T* state) const {
+    T &exp_avg = state[0], &exp_avg_sq = state[1];
+    g = g * sign;
+    if constexpr (l2) g = fma(p, decay, g);
+    p = p * keep;
+    exp_avg = lerp(exp_avg, g);
+    exp_avg_sq = fma(one_minus_beta2 * g, g, exp_avg_sq * beta2);
+    T second_moment = exp_avg_sq;
+    if constexpr (amsgrad) second_moment = state[2] = max_keep_nan(state[2], exp_avg_sq);
+    const T denominator = sqrt(second_moment) / sqrt_bias_correction2 + eps;
+    p = p + (negative_step_size * exp_avg) / denominator;
+  }
+};
+
+// Hinton, lecture 6e of "Neural Networks for Machine Learning" (2012); centered: Graves 2013.
+template <class T, unsigned kFlags>
+struct RMSprop {
+  using Real = T;
+  static constexpr bool centered = kFlags & rmsprop::kCentered;
+  static constexpr bool momentum = kFlags & rmsprop::kMomentum;
+  static constexpr bool l2 = kFlags & rmsprop::kL2;
+  static constexpr int kStates = 1 + centered + momentum;  // square_avg, [momentum_buffer], [grad_avg]
+
+  T sign, decay, alpha, one_minus_alpha, eps, mu, negative_lr;
+  Lerp<T> lerp;
+
+  explicit RMSprop(const double* s)
+      : sign(T(s[rmsprop::kSign])),
+        decay(T(s[rmsprop::kDecay])),
+        alpha(T(s[rmsprop::kAlpha])),
+        one_minus_alpha(T(s[rmsprop::kOneMinusAlpha])),
+        eps(T(s[rmsprop::kEps])),
+        mu(T(s[rmsprop::kMu])),
+        negative_lr(T(s[rmsprop::kNegativeLr])),
+        lerp(T(s[rmsprop::kOneMinusAlpha])) {}
+
+  void operator()(T& p, T g, T* state) const {
+    T& square_avg = state[0];
+    g = g * sign;
+    if constexpr (l2) g = fma(p, decay, g);
+    square_avg = fma(one_minus_alpha * g, g, square_avg * alpha);
+    T variance = square_avg;
+    if constexpr (centered) {
+      T& grad_avg = state[kStates - 1];
+      grad_avg = lerp(grad_avg, g);
+      variance = fma(-grad_avg, grad_avg, square_avg);
+    }
+    const T denominator = sqrt(variance) + eps;
+    if constexpr (momentum) {
+      T& momentum_buffer = state[1];
+      momentum_buffer = momentum_buffer * mu + g / denominator;
+      p = fma(momentum_buffer, negative_lr, p);
+    } else {
+      p = p + (negative_lr * g) / denominator;
+    }
+  }
+};
+
+// Sutskever et al. 2013, in torch's form: lr outside the buffer, whose first value is the gradient itself, undampened.
+template <class T, unsigned kFlags>
+struct SGD {
+  using Real = T;
+  static constexpr bool momentum = kFlags & sgd::kMomentum;
+  static constexpr bool nesterov = kFlags & sgd::kNesterov;
+  static constexpr bool first = kFlags & sgd::kFirst;
+  static constexpr bool l2 = kFlags & sgd::kL2;
+  static constexpr int kStates = momentum ? 1 : 0;  // momentum_buffer
+
+  T sign, decay, mu, one_minus_dampening, negative_lr;
+
+  explicit SGD(const double* s)
+      : sign(T(s[sgd::kSign])),
+        decay(T(s[sgd::kDecay])),
+        mu(T(s[sgd::kMu])),
+        one_minus_dampening(T(s[sgd::kOneMinusDampening])),
+        negative_lr(T(s[sgd::kNegativeLr])) {}
+
+  void operator()(T& p, T g, T* state) const {
+    g = g * sign;
+    if constexpr (l2) g = fma(p, decay, g);
+    if constexpr (momentum) {
+      T& momentum_buffer = state[0];
+      momentum_buffer = first ? g : fma(one_minus_dampening, g, momentum_buffer * mu);
+      g = nesterov ? fma(momentum_buffer, mu, g) : momentum_buffer;
+    }
+    p = fma(g, negative_lr, p);
+  }
+};
+
+}  // namespace
+}  // namespace fused_opt::FUSED_OPT_ISA

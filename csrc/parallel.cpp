@@ -1,0 +1,53 @@
+#include "parallel.h"
+
+#include <algorithm>
+
+namespace fused_opt {
+namespace {
+
+// Below this many elements a thread costs more than it saves (AdamW on 2 cores: waking a thread takes about as long as 8,000 elements).
+constexpr int64_t kMinElementsPerThread = 8192;
+
+// Shares end at multiples of this many elements of a tensor, so that two threads never write the same cache line.
+constexpr int64_t kCacheLine = 16;
+
+Run slice(const Task& task, int64_t begin, int64_t end) {
+  const auto at = [&](const void* data) {
+    return data == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(data)) + begin * task.item_size;
+  };
+  const Run& r = task.run;
+  return {at(r.param), at(r.grad), {at(r.states[0]), at(r.states[1]), at(r.states[2])}, end - begin};
+}
+
+// Elements [begin, end) of all tasks laid end to end.
+void run_share(const std::vector<Task>& tasks, int64_t begin, int64_t end) {
+  int64_t start = 0;  // of the task, in the concatenation
+  for (const Task& task : tasks) {
+    const int64_t count = task.run.count;
+    const auto local = [&](int64_t position) {
+      const int64_t offset = std::clamp<int64_t>(position - start, 0, count);
+      return offset == count ? count : offset / kCacheLine * kCacheLine;
+    };
+    const int64_t from = local(begin), to = local(end);
+    if (from < to) task.kernel(task.scalars, slice(task, from, to));
+    start += count;
+    if (start >= end) return;
+  }
+}
+
+}  // namespace
+
+int run_parallel(const std::vector<Task>& tasks, int max_threads) {
+  int64_t total = 0;
+  for (const Task& task : tasks) total += task.run.count;
+  const int threads = static_cast<int>(std::clamp<int64_t>(total / kMinElementsPerThread, 1, std::max(max_threads, 1)));
+  if (threads == 1) {
+    run_share(tasks, 0, total);
+    return 1;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t) run_share(tasks, total * t / threads, total * (t + 1) / threads);
+  return threads;
+}
+
+}  // namespace fused_opt

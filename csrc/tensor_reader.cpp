@@ -1,0 +1,149 @@
+#include "tensor_reader.h"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <string>
+
+namespace py = pybind11;
+
+namespace fused_opt {
+
+// The part of DLPack's C interface that is used here (https://dmlc.github.io/dlpack/latest/c_api.html, version 1).
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t dtype_code, dtype_bits;
+  uint16_t dtype_lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+namespace {
+
+struct DLPackExchangeAPI {
+  uint32_t major, minor;
+  DLPackExchangeAPI* previous;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object_no_sync;
+  void* managed_tensor_to_py_object_no_sync;
+  int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
+  void* current_work_stream;
+};
+
+constexpr uint32_t kDLPackMajor = 1;
+constexpr int32_t kDLCPU = 1;
+enum { kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
+
+}  // namespace
+
+int64_t TensorInfo::numel() const {
+  int64_t n = 1;
+  for (int32_t d = 0; d < ndim; ++d) n *= shape[d];
+  return n;
+}
+
+bool same_shape(const TensorInfo& a, const TensorInfo& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+bool same_strides(const TensorInfo& a, const TensorInfo& b) {
+  for (int32_t d = 0; d < a.ndim; ++d)
+    if (a.shape[d] > 1 && a.strides[d] != b.strides[d]) return false;
+  return true;
+}
+
+bool is_dense(const TensorInfo& t) {
+  int64_t expected = 1;
+  bool contiguous = true;
+  for (int32_t d = t.ndim - 1; d >= 0 && contiguous; --d) {
+    contiguous = t.shape[d] <= 1 || t.strides[d] == expected;
+    expected *= t.shape[d];
+  }
+  if (contiguous || t.numel() == 0) return true;
+
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int32_t d = 0; d < t.ndim; ++d)
+    if (t.shape[d] > 1) dims.emplace_back(t.strides[d], t.shape[d]);
+  std::sort(dims.begin(), dims.end());
+  expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+TensorReader::TensorReader() {
+  const py::object torch = py::module_::import("torch");
+  // References are kept for the life of the process: torch's types outlive every optimizer.
+  tensor_type_ = py::object(torch.attr("Tensor")).release().ptr();
+  parameter_type_ = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
+  is_neg_ = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
+
+  const py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none()) return;
+  auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->major != kDLPackMajor) api = api->previous;
+  if (api != nullptr) fill_dltensor_ = api->dltensor_from_py_object_no_sync;
+}
+
+bool TensorReader::read(PyObject* tensor, TensorInfo& out) const {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (type != parameter_type_ && type != tensor_type_) return false;
+  if (fill_dltensor_ == nullptr) return read_by_methods(tensor, out);
+
+  DLTensor t;
+  if (fill_dltensor_(tensor, &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  out.data = static_cast<char*>(t.data) + t.byte_offset;
+  out.shape = t.shape;
+  out.strides = t.strides;
+  out.ndim = t.ndim;
+  out.on_cpu = t.device_type == kDLCPU;
+  out.kind = t.dtype_code == kDLFloat ? 'f' : t.dtype_code == kDLBfloat ? 'b' : t.dtype_code == kDLComplex ? 'c' : '?';
+  out.bits = t.dtype_bits;
+  return true;
+}
+
+bool TensorReader::read_by_methods(PyObject* object, TensorInfo& out) const {
+  const py::handle tensor(object);
+  try {
+    if (py::str(tensor.attr("layout")).cast<std::string>() != "torch.strided") return false;
+    const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
+    const bool is_float = dtype == "torch.float32" || dtype == "torch.float64" || dtype == "torch.float16";
+    const bool is_complex = tensor.attr("is_complex")().cast<bool>();
+    out.kind = is_float ? 'f' : is_complex ? 'c' : dtype == "torch.bfloat16" ? 'b' : '?';
+    out.bits = static_cast<uint8_t>(8 * tensor.attr("element_size")().cast<int>());
+    out.on_cpu = tensor.attr("device").attr("type").cast<std::string>() == "cpu";
+    out.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    out.owned_dims.clear();
+    for (const char* name : {"size", "stride"})
+      for (const py::handle dim : tensor.attr(name)()) out.owned_dims.push_back(dim.cast<int64_t>());
+    out.ndim = static_cast<int32_t>(out.owned_dims.size() / 2);
+    out.shape = out.owned_dims.data();
+    out.strides = out.owned_dims.data() + out.ndim;
+    return true;
+  } catch (const py::error_already_set&) {
+    return false;
+  }
+}
+
+PyObject* TensorReader::grad(PyObject* tensor) const {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  return PyObject_GetAttr(tensor, name);
+}
+
+int TensorReader::is_negated(PyObject* tensor) const {
+  PyObject* const answer = PyObject_Vectorcall(is_neg_, &tensor, 1, nullptr);
+  if (answer == nullptr) return -1;
+  const int negated = answer == Py_True;
+  Py_DECREF(answer);
+  return negated;
+}
+
+}  // namespace fused_opt

@@ -1,0 +1,59 @@
+// Reads torch.Tensor objects without torch's headers, so that one binary serves every torch version.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace fused_opt {
+
+// What an update needs to know of a tensor. Pointers are borrowed from the tensor and live as long as it is neither freed nor resized.
+struct TensorInfo {
+  void* data = nullptr;
+  const int64_t* shape = nullptr;
+  const int64_t* strides = nullptr;  // in elements
+  int32_t ndim = 0;
+  bool on_cpu = false;
+  char kind = '?';  // 'f' IEEE float, 'b' bfloat16, 'c' complex, '?' any other
+  uint8_t bits = 0;
+  std::vector<int64_t> owned_dims;  // backs shape and strides where torch cannot lend them (before 2.10)
+
+  int64_t numel() const;
+};
+
+bool same_shape(const TensorInfo& a, const TensorInfo& b);
+// The same element order in memory. Strides of dimensions of size one or less mean nothing and are not compared.
+bool same_strides(const TensorInfo& a, const TensorInfo& b);
+// No gaps and no overlaps: numel() consecutive elements, in whatever order of dimensions.
+bool is_dense(const TensorInfo& t);
+
+class TensorReader {
+ public:
+  // Looks up what it needs in the torch that is imported; throws if there is none.
+  TensorReader();
+
+  // False, with no Python error set, if the object is not a plain strided tensor with memory of its own (sparse, meta, subclasses, ...).
+  bool read(PyObject* tensor, TensorInfo& out) const;
+
+  // New reference to tensor.grad, None included. Null with a Python error set on failure.
+  PyObject* grad(PyObject* tensor) const;
+
+  // Whether the values are the negatives of what memory holds (torch's lazy negation). -1 with a Python error set on failure.
+  int is_negated(PyObject* tensor) const;
+
+  // "dlpack" (torch's C exchange table) or "data_ptr" (Python methods, for a torch that lacks the table).
+  const char* method() const { return fill_dltensor_ ? "dlpack" : "data_ptr"; }
+
+  // Test hook: read as on a torch that has no exchange table.
+  void forget_exchange_table() { fill_dltensor_ = nullptr; }
+
+ private:
+  bool read_by_methods(PyObject* tensor, TensorInfo& out) const;
+
+  using FillDLTensor = int (*)(void* py_object, struct DLTensor* out);
+  FillDLTensor fill_dltensor_ = nullptr;
+  PyObject *tensor_type_, *parameter_type_, *is_neg_;
+};
+
+}  // namespace fused_opt

@@ -1,0 +1,93 @@
+"""What each update rule needs for a step, as data: its states, its flags and its scalars.
+
+The arithmetic itself is written once per backend (CPU: csrc/kernels/rules.h). Every scalar is computed here, in Python's float64, and handed
+to the backend, which rounds it once to the parameter's precision; so all backends compute with the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Group = dict[str, Any]
+
+# Compile-time options (bits, as in csrc/request.h) and the scalars in the backend's order.
+Program = tuple[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One optimizer's update, seen from outside the arithmetic.
+
+    Attributes:
+        name: the backend's name for it.
+        counter: state key of the step counter, or "" if the rule does not count.
+        slots: param group -> state keys that the step reads and writes, in the backend's order, which is also torch's.
+        program: (param group, step, fresh) -> flags and scalars. `step` is 1 in the first step; `fresh` says that the states were created
+            for this very step.
+        zero_states: whether new states are zeros; otherwise the first step sets them without reading them.
+    """
+
+    name: str
+    counter: str
+    slots: Callable[[Group], tuple[str, ...]]
+    program: Callable[[Group, float, bool], Program]
+    zero_states: bool = True
+
+
+def _bits(*flags: object) -> int:
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
+
+
+def _sign(group: Group) -> float:
+    return -1.0 if group["maximize"] else 1.0
+
+
+def _adam_slots(group: Group) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+
+
+def _adam_program(group: Group, step: float, fresh: bool) -> Program:
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    beta1, beta2 = map(float, group["betas"])
+    decoupled = group["decoupled_weight_decay"]
+    flags = _bits(group["amsgrad"], weight_decay != 0 and not decoupled)
+    return flags, (
+        _sign(group),
+        weight_decay,
+        1 - lr * weight_decay if decoupled else 1.0,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        math.sqrt(1 - beta2**step),
+        float(group["eps"]),
+        -(lr / (1 - beta1**step)),
+    )
+
+
+def _rmsprop_slots(group: Group) -> tuple[str, ...]:
+    momentum = ["momentum_buffer"] if group["momentum"] > 0 else []
+    return ("square_avg", *momentum, *(["grad_avg"] if group["centered"] else []))
+
+
+def _rmsprop_program(group: Group, step: float, fresh: bool) -> Program:
+    alpha, momentum, weight_decay = float(group["alpha"]), float(group["momentum"]), float(group["weight_decay"])
+    flags = _bits(group["centered"], momentum > 0, weight_decay != 0)
+    return flags, (_sign(group), weight_decay, alpha, 1 - alpha, float(group["eps"]), momentum, -float(group["lr"]))
+
+
+def _sgd_slots(group: Group) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+def _sgd_program(group: Group, step: float, fresh: bool) -> Program:
+    momentum, weight_decay = float(group["momentum"]), float(group["weight_decay"])
+    flags = _bits(momentum != 0, group["nesterov"], fresh, weight_decay != 0)
+    return flags, (_sign(group), weight_decay, momentum, 1 - float(group["dampening"]), -float(group["lr"]))
+
+
+ADAM = Rule("adam", "step", _adam_slots, _adam_program)
+RMSPROP = Rule("rmsprop", "step", _rmsprop_slots, _rmsprop_program)
+SGD = Rule("sgd", "", _sgd_slots, _sgd_program, zero_states=False)

@@ -1,0 +1,202 @@
+"""One optimizer step: first read and check everything (`plan`), then write (`Plan.run`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.autograd.graph import increment_version
+
+from fused_opt.native import Native, native
+from fused_opt.rules import Group, Program, Rule
+
+
+class FusedStep(torch.optim.Optimizer):
+    """Mixed into a torch optimizer, replaces its step by one native call for each param group.
+
+    Parameters that the native code does not serve are stepped by torch's own code on the same state; `fused_opt.explain` says which and why.
+    """
+
+    _rule: ClassVar[Rule]
+    _torch_class: ClassVar[type[torch.optim.Optimizer]]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None without one.
+
+        Raises:
+            KeyError: an option that needs a state was switched on after the first step.
+            RuntimeError: a state does not fit its parameter. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan(self).run()
+        return loss
+
+
+@dataclass
+class GroupPlan:
+    """A param group's part of the step: what the native code takes (`batch`), and what it does not."""
+
+    group: Group
+    batch: Any  # fused_opt._cpu.Batch, or None if nothing of this group is native
+    programs: list[Program] = field(default_factory=list)  # one for each cohort of the batch
+    declined: list[tuple[int, str]] = field(default_factory=list)  # index in group["params"], reason
+
+
+@dataclass
+class Plan:
+    """Everything that a step will do. Making one writes nothing."""
+
+    optimizer: FusedStep
+    backend: Native
+    groups: list[GroupPlan]
+
+    def run(self) -> None:
+        """Do it: unscale, then torch's share, then the native one."""
+        optimizer = self.optimizer
+        if any(group.batch is not None for group in self.groups):
+            # Set by GradScaler on optimizers made with fused=True, as torch's fused step expects them.
+            found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+            if found_inf is not None and found_inf.item():
+                return
+            if grad_scale is not None:
+                _unscale(optimizer, grad_scale)
+        _torch_step(optimizer, self.groups)
+        for group in self.groups:
+            if group.batch is not None:
+                self._run_native(group)
+
+    def _run_native(self, plan: GroupPlan) -> None:
+        batch, rule, params = plan.batch, self.optimizer._rule, plan.group["params"]
+        missing = batch.missing
+        new_states = [_new_state(rule, plan.group, params[i]) for i in missing]
+        for n, (i, state) in enumerate(zip(missing, new_states, strict=True)):
+            self.optimizer.state[params[i]].update(state)
+            batch.adopt(n, self.optimizer.state[params[i]])
+        programs = _programs(rule, plan.group, batch) if missing else plan.programs
+        batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads())
+        increment_version(batch.written)
+        batch.clear()
+
+
+def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
+    """Read every parameter, gradient and state of `optimizer` and decide who serves it.
+
+    With `assume_grad`, parameters without a gradient are treated as if they had one of their own layout.
+    """
+    backend = native()
+    groups = [_plan_group(optimizer, backend, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
+    if backend.forced:
+        for i, group in enumerate(groups):
+            for index, reason in group.declined:
+                raise RuntimeError(
+                    f"FUSED_OPT_BACKEND=cpu, but parameter {index} of group {i} cannot be served: {reason}; "
+                    "unset it to let torch's own step serve this parameter"
+                )
+    return Plan(optimizer, backend, groups)
+
+
+def _plan_group(optimizer: FusedStep, backend: Native, index: int, group: Group, assume_grad: bool) -> GroupPlan:
+    params = group["params"]
+    reason = _why_not_native(backend, group)
+    if reason:
+        with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
+        return GroupPlan(group, None, declined=[(i, reason) for i in with_grad])
+    rule = optimizer._rule
+    batch = _batch(optimizer, backend, index, rule.slots(group))
+    batch.gather(params, optimizer.state, assume_grad)
+    programs = _programs(rule, group, batch)
+    if batch.missing:  # compute theirs too, to fail before anything is written
+        rule.program(group, 1.0, True)
+    return GroupPlan(group, batch, programs, batch.declined)
+
+
+def _why_not_native(backend: Native, group: Group) -> str:
+    if backend.module is None:
+        return backend.why
+    if group.get("differentiable"):
+        return "differentiable=True: autograd must see the update"
+    if group.get("capturable"):
+        return "capturable=True asks for torch's formula on the device"
+    return ""
+
+
+def _batch(optimizer: FusedStep, backend: Native, index: int, slots: tuple[str, ...]) -> Any:
+    """The group's Batch object, which keeps its memory and what it has verified from one step to the next."""
+    batches: dict[tuple[int, tuple[str, ...]], Any] = optimizer.__dict__.setdefault("_fused_batches", {})
+    batch = batches.get((index, slots))
+    if batch is None:
+        batch = batches[index, slots] = backend.module.Batch(slots, optimizer._rule.counter)
+    return batch
+
+
+def _programs(rule: Rule, group: Group, batch: Any) -> list[Program]:
+    return [rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts]
+
+
+def _new_state(rule: Rule, group: Group, param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """States as torch's own step creates them for `param`'s first gradient."""
+    state = {}
+    if rule.counter:
+        wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+        state[rule.counter] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
+    new = torch.zeros_like if rule.zero_states else torch.empty_like
+    for slot in rule.slots(group):
+        state[slot] = new(param, memory_format=torch.preserve_format, requires_grad=False)
+    return state
+
+
+@torch.no_grad()
+def _unscale(optimizer: FusedStep, grad_scale: torch.Tensor) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                param.grad.div_(grad_scale.to(param.grad.device))
+
+
+def _torch_step(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
+    """Let torch step the parameters that the native code declined."""
+    if not any(group.declined for group in groups):
+        return
+    step = optimizer._torch_class.step
+    while getattr(step, "hooked", False):  # hooks and profiling have been entered already, by our own step
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    with _only_declined(optimizer, groups):
+        step(optimizer)
+
+
+@contextlib.contextmanager
+def _only_declined(optimizer: FusedStep, groups: list[GroupPlan]) -> Iterator[None]:
+    """Show the optimizer to torch's step without the parameters that the native code serves."""
+    if all(group.batch is None for group in groups):
+        yield
+        return
+    original, amp = optimizer.param_groups, {k: optimizer.__dict__.pop(k) for k in ("found_inf", "grad_scale") if k in optimizer.__dict__}
+    optimizer.param_groups = [{**g.group, "params": params, **options} for g in groups for params, options in _torch_share(g)]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = original
+        optimizer.__dict__.update(amp)
+
+
+def _torch_share(plan: GroupPlan) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
+    params = [plan.group["params"][index] for index, _ in plan.declined]
+    on_cpu = [p for p in params if p.device.type == "cpu"]
+    elsewhere = [p for p in params if p.device.type != "cpu"]
+    if on_cpu:
+        # torch's fused CPU kernels misread strides and lose 16-bit updates (pytorch 191763): the for-loop is the one to trust.
+        yield on_cpu, {option: False for option in ("foreach", "fused") if option in plan.group}
+    if elsewhere:
+        yield elsewhere, {}

@@ -1,0 +1,1 @@
+"""Triton kernels. Empty in this version: the GPU backend is not written yet."""
