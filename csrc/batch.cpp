@@ -51,6 +51,7 @@ void Batch::clear() {
   for (PyObject* object : held_) Py_DECREF(object);
   held_.clear();
   params.clear();
+  indices.clear();
   written.clear();
   entries.clear();
   cohorts.clear();
@@ -70,8 +71,14 @@ int Batch::cohort(double step, bool fresh) {
   return static_cast<int>(cohorts.size() - 1);
 }
 
+bool Batch::is_negated(PyObject* tensor) const {
+  const int negated = reader_.is_negated(tensor);
+  if (negated < 0) throw py::error_already_set();
+  return negated;
+}
+
 // Null if the parameter can be updated here, else why not.
-const char* Batch::classify(PyObject* param, PyObject* grad, TensorInfo& p, Entry& entry) const {
+const char* Batch::classify(size_t index, PyObject* param, PyObject* grad, TensorInfo& p, Entry& entry) {
   TensorInfo g;
   if (!reader_.read(param, p)) return "the parameter is not a plain strided tensor";
   if (!p.on_cpu) return "the parameter is not on the CPU";
@@ -84,11 +91,13 @@ const char* Batch::classify(PyObject* param, PyObject* grad, TensorInfo& p, Entr
     if (!same_shape(g, p)) return "the gradient's shape differs from the parameter's";
     if (!same_strides(g, p)) return "the gradient's strides differ from the parameter's";
   }
-  for (PyObject* tensor : {param, grad}) {
-    const int negated = reader_.is_negated(tensor);
-    if (negated < 0) throw py::error_already_set();
-    if (negated) return "a tensor is lazily negated";
+  // Asking costs as much as reading (it drops the GIL), so a parameter is asked only when its memory is not where it was.
+  if (known_params_.size() <= index) known_params_.resize(index + 1);
+  if (known_params_[index] != p.data) {
+    if (is_negated(param)) return "the parameter is lazily negated";
+    known_params_[index] = p.data;
   }
+  if (grad != param && is_negated(grad)) return "the gradient is lazily negated";
   entry.run = {p.data, grad == param ? p.data : g.data, {}, p.numel()};
   entry.dtype = p.bits == 32 ? Dtype::kFloat32 : Dtype::kFloat64;
   return nullptr;
@@ -134,7 +143,7 @@ bool Batch::attach_states(PyObject* param_state, const TensorInfo& p, bool fresh
   return true;
 }
 
-void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) {
+void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try {
   clear();
   const bool stateful = !layout_.slots.empty() || layout_.counter != nullptr;
   StateCursor cursor(state);
@@ -148,7 +157,7 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) {
 
     Missing candidate{i, {}, {}};
     Entry& entry = candidate.entry;
-    if (const char* because = classify(param, grad, candidate.param, entry)) {
+    if (const char* because = classify(static_cast<size_t>(i), param, grad, candidate.param, entry)) {
       declined.emplace_back(i, because);
       continue;
     }
@@ -161,6 +170,7 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) {
                                                 : PyDict_GetItemWithError(param_state, layout_.slots[0]);
       if (first == nullptr || first == Py_None) {
         params.push_back(param);
+        indices.push_back(i);
         missing.push_back(std::move(candidate));
         continue;
       }
@@ -173,8 +183,12 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) {
       entry.cohort = cohort(0, false);
     }
     params.push_back(param);
+    indices.push_back(i);
     entries.push_back(entry);
   }
+} catch (...) {
+  clear();
+  throw;
 }
 
 void Batch::adopt(size_t i, PyObject* param_state) {
@@ -190,13 +204,15 @@ bool Batch::shares_memory() {
     const auto begin = reinterpret_cast<uintptr_t>(data);
     if (bytes > 0 && data != nullptr) ranges_.push_back({begin, begin + static_cast<uintptr_t>(bytes), write});
   };
-  for (const Entry& e : entries) {
-    const int64_t bytes = e.run.count * (e.dtype == Dtype::kFloat32 ? 4 : 8);
+  const auto add_entry = [&add](const Entry& e) {
+    const int64_t bytes = e.run.count * e.item_size();
     add(e.run.param, bytes, true);
     add(e.run.grad, bytes, false);
     for (const void* data : e.run.states) add(data, bytes, true);
     add(e.counter, e.counter_is_double ? 8 : 4, true);
-  }
+  };
+  for (const Entry& e : entries) add_entry(e);
+  for (const Missing& m : missing) add_entry(m.entry);
   // Sorting 5000 ranges costs as much as a step on small tensors, and pointers rarely change from one step to the next.
   if (ranges_ == known_ranges_) return known_to_share_;
   known_ranges_ = ranges_;

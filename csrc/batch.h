@@ -30,6 +30,8 @@ struct Entry {
   int cohort;
   void* counter = nullptr;  // the step counter's memory
   bool counter_is_double = false;
+
+  uint8_t item_size() const { return dtype == Dtype::kFloat32 ? 4 : 8; }
 };
 
 class Batch {
@@ -51,7 +53,7 @@ class Batch {
   // Drops every reference and entry; keeps the memory for the next step.
   void clear();
 
-  // True if memory that this step writes is also another tensor's: then order matters and entries must run one at a time.
+  // True if memory that this step writes is also another tensor's: then order matters, and parameters must run one at a time.
   bool shares_memory();
 
   void count_steps();  // adds one to every counter
@@ -65,11 +67,13 @@ class Batch {
   std::vector<Cohort> cohorts;
   std::vector<Missing> missing;
   std::vector<std::pair<Py_ssize_t, const char*>> declined;
-  std::vector<PyObject*> params;   // of entries and missing
+  std::vector<PyObject*> params;    // of entries and missing, in the order of the list
+  std::vector<Py_ssize_t> indices;  // theirs
   std::vector<PyObject*> written;  // states and counters of entries
 
  private:
-  const char* classify(PyObject* param, PyObject* grad, TensorInfo& info, Entry& entry) const;
+  const char* classify(size_t index, PyObject* param, PyObject* grad, TensorInfo& info, Entry& entry);
+  bool is_negated(PyObject* tensor) const;
   bool attach_states(PyObject* param_state, const TensorInfo& param, bool fresh, Entry& entry, const char** declined_because);
   PyObject* hold(PyObject* object);
   int cohort(double step, bool fresh);
@@ -83,6 +87,7 @@ class Batch {
   const TensorReader& reader_;
   const Layout layout_;
   std::vector<PyObject*> held_;  // a reference to every object whose memory is used, so that none is freed without the GIL
+  std::vector<const void*> known_params_;  // by index: memory of parameters known not to be lazily negated
   std::vector<Range> ranges_, known_ranges_;
   bool known_to_share_ = false;
 };

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <tuple>
 
 #include "batch.h"
 #include "isa.h"
@@ -36,6 +37,21 @@ const Isa& find_isa(const std::string& name) {
   for (int i = 0; i < isa_count; ++i)
     if (name == isas[i].name) return isas[i];
   throw py::value_error("unknown instruction set '" + name + "'");
+}
+
+// Where each kernel starts, for the test that disassembles them: (isa, rule, flags, bytes of the dtype, address).
+using KernelAddress = std::tuple<const char*, const char*, unsigned, int, uintptr_t>;
+
+std::vector<KernelAddress> kernel_addresses() {
+  std::vector<KernelAddress> list;
+  for (int i = 0; i < isa_count; ++i)
+    for (const RuleInfo& rule : rules)
+      for (unsigned flags = 0; flags < rule.flag_combinations; ++flags)
+        for (int dtype = 0; dtype < kDtypes; ++dtype) {
+          const Kernel kernel = (isas[i].kernels->*rule.kernels)[flags].at[dtype];
+          list.emplace_back(isas[i].kernels->isa, rule.name, flags, dtype ? 8 : 4, reinterpret_cast<uintptr_t>(kernel));
+        }
+  return list;
 }
 
 TensorReader& reader() {
@@ -79,7 +95,7 @@ Ran run(Batch& batch, const std::string& rule_name, const Programs& programs, co
   for (const Entry& entry : batch.entries) {
     const auto& [flags, scalars] = programs[static_cast<size_t>(entry.cohort)];
     const Kernel kernel = (isa.kernels->*rule.kernels)[flags].at[static_cast<int>(entry.dtype)];
-    tasks.push_back({kernel, scalars.data(), entry.run, static_cast<uint8_t>(entry.dtype == Dtype::kFloat32 ? 4 : 8)});
+    tasks.push_back({kernel, scalars.data(), entry.run, entry.item_size()});
   }
   int threads;
   {
@@ -102,6 +118,7 @@ PYBIND11_MODULE(_cpu, m) {
   }, "The instruction sets compiled in, plainest first, each with whether this CPU runs it.");
   m.def("reader", [] { return reader().method(); }, "How tensors are read: 'dlpack' or 'data_ptr'.");
   m.def("forget_exchange_table", [] { reader().forget_exchange_table(); }, "Test hook.");
+  m.def("kernel_addresses", kernel_addresses, "Test hook.");
   m.attr("compiler") = __VERSION__;
 
   py::class_<Batch>(m, "Batch")
@@ -120,6 +137,7 @@ PYBIND11_MODULE(_cpu, m) {
              for (const auto& m : self.missing) indices.push_back(m.index);
              return indices;
            })
+      .def_property_readonly("indices", [](const Batch& self) { return self.indices; })
       .def_property_readonly("declined", [](const Batch& self) { return self.declined; })
       .def_property_readonly("cohorts", [](const Batch& self) {
              std::vector<std::pair<double, bool>> list;

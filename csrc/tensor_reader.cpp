@@ -80,7 +80,13 @@ TensorReader::TensorReader() {
   // References are kept for the life of the process: torch's types outlive every optimizer.
   tensor_type_ = py::object(torch.attr("Tensor")).release().ptr();
   parameter_type_ = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
-  is_neg_ = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
+  const py::object base = torch.attr("_C").attr("TensorBase");
+  const py::object grad = base.attr("__dict__")["grad"], is_neg = base.attr("__dict__")["is_neg"];
+  if (!Py_IS_TYPE(grad.ptr(), &PyGetSetDescr_Type) || !Py_IS_TYPE(is_neg.ptr(), &PyMethodDescr_Type))
+    throw std::runtime_error("this torch is unlike any known one: Tensor.grad or Tensor.is_neg is not built in");
+  grad_ = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
+  is_neg_ = reinterpret_cast<PyMethodDescrObject*>(is_neg.ptr())->d_method;
+  if ((is_neg_->ml_flags & METH_NOARGS) == 0) throw std::runtime_error("this torch's Tensor.is_neg takes arguments");
 
   const py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
   if (capsule.is_none()) return;
@@ -90,9 +96,13 @@ TensorReader::TensorReader() {
   if (api != nullptr) fill_dltensor_ = api->dltensor_from_py_object_no_sync;
 }
 
+bool TensorReader::is_plain(PyObject* tensor) const {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  return type == parameter_type_ || type == tensor_type_;
+}
+
 bool TensorReader::read(PyObject* tensor, TensorInfo& out) const {
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-  if (type != parameter_type_ && type != tensor_type_) return false;
+  if (!is_plain(tensor)) return false;
   if (fill_dltensor_ == nullptr) return read_by_methods(tensor, out);
 
   DLTensor t;
@@ -134,12 +144,12 @@ bool TensorReader::read_by_methods(PyObject* object, TensorInfo& out) const {
 }
 
 PyObject* TensorReader::grad(PyObject* tensor) const {
-  static PyObject* const name = PyUnicode_InternFromString("grad");
-  return PyObject_GetAttr(tensor, name);
+  // As PyObject_GetAttr(tensor, "grad"), without the search through the type's bases.
+  return is_plain(tensor) ? grad_->get(tensor, grad_->closure) : PyObject_GetAttrString(tensor, "grad");
 }
 
 int TensorReader::is_negated(PyObject* tensor) const {
-  PyObject* const answer = PyObject_Vectorcall(is_neg_, &tensor, 1, nullptr);
+  PyObject* const answer = is_neg_->ml_meth(tensor, nullptr);
   if (answer == nullptr) return -1;
   const int negated = answer == Py_True;
   Py_DECREF(answer);

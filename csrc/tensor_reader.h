@@ -36,7 +36,7 @@ class TensorReader {
   // False, with no Python error set, if the object is not a plain strided tensor with memory of its own (sparse, meta, subclasses, ...).
   bool read(PyObject* tensor, TensorInfo& out) const;
 
-  // New reference to tensor.grad, None included. Null with a Python error set on failure.
+  // New reference to the grad of a tensor (of any subclass), None included. Null with a Python error set on failure.
   PyObject* grad(PyObject* tensor) const;
 
   // Whether the values are the negatives of what memory holds (torch's lazy negation). -1 with a Python error set on failure.
@@ -49,11 +49,14 @@ class TensorReader {
   void forget_exchange_table() { fill_dltensor_ = nullptr; }
 
  private:
+  bool is_plain(PyObject* tensor) const;  // a Tensor or Parameter itself, not an instance of a subclass
   bool read_by_methods(PyObject* tensor, TensorInfo& out) const;
 
   using FillDLTensor = int (*)(void* py_object, struct DLTensor* out);
   FillDLTensor fill_dltensor_ = nullptr;
-  PyObject *tensor_type_, *parameter_type_, *is_neg_;
+  PyObject *tensor_type_, *parameter_type_;
+  PyGetSetDef* grad_;
+  PyMethodDef* is_neg_;
 };
 
 }  // namespace fused_opt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.autograd.graph import increment_version
 
+from fused_opt.errors import completed
 from fused_opt.native import Native, native
 from fused_opt.rules import Group, Program, Rule
 
@@ -22,6 +24,12 @@ class FusedStep(torch.optim.Optimizer):
 
     _rule: ClassVar[Rule]
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
+    _last_ran: Any = None  # fused_opt._cpu.Ran of the newest native call: for tests and reports, to prove which code ran
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_torch_class" in cls.__dict__:
+            cls.__init__ = _with_complete_errors(cls._torch_class.__init__)  # type: ignore[method-assign]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Perform a single optimization step.
@@ -42,6 +50,17 @@ class FusedStep(torch.optim.Optimizer):
                 loss = closure()
         plan(self).run()
         return loss
+
+
+def _with_complete_errors(torch_init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(torch_init)  # keeps the signature for those who inspect it
+    def __init__(self: FusedStep, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        try:
+            torch_init(self, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise completed(error) from None
+
+    return __init__
 
 
 @dataclass
@@ -78,16 +97,31 @@ class Plan:
                 self._run_native(group)
 
     def _run_native(self, plan: GroupPlan) -> None:
-        batch, rule, params = plan.batch, self.optimizer._rule, plan.group["params"]
-        missing = batch.missing
-        new_states = [_new_state(rule, plan.group, params[i]) for i in missing]
-        for n, (i, state) in enumerate(zip(missing, new_states, strict=True)):
-            self.optimizer.state[params[i]].update(state)
-            batch.adopt(n, self.optimizer.state[params[i]])
-        programs = _programs(rule, plan.group, batch) if missing else plan.programs
-        batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads())
+        batch, params = plan.batch, plan.group["params"]
+        if not batch.shares_memory():
+            self._run_batch(plan.group, batch, params, plan.programs)
+            return
+        # A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop.
+        for i in batch.indices:
+            batch.gather([params[i]], self.optimizer.state)
+            self._run_batch(plan.group, batch, [params[i]], _programs(self.optimizer._rule, plan.group, batch))
+
+    def _run_batch(self, group: Group, batch: Any, params: list[torch.Tensor], programs: list[Program]) -> None:
+        rule = self.optimizer._rule
+        if batch.missing:
+            self._create_states(group, batch, params)
+            programs = _programs(rule, group, batch)
+        self.optimizer._last_ran = batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads())
         increment_version(batch.written)
         batch.clear()
+
+    def _create_states(self, group: Group, batch: Any, params: list[torch.Tensor]) -> None:
+        state = self.optimizer.state
+        stateless = [params[i] for i in batch.missing]
+        new_states = [_new_state(self.optimizer._rule, group, param) for param in stateless]  # may run out of memory
+        for i, (param, new_state) in enumerate(zip(stateless, new_states, strict=True)):
+            state[param].update(new_state)
+            batch.adopt(i, state[param])
 
 
 def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:

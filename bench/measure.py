@@ -1,0 +1,153 @@
+"""Timing that survives a noisy machine: what is compared runs in turn, and comparisons are made within a round."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some measurements and their first and third quartile, in the measurements' unit."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Raises statistics.StatisticsError if there are no values."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """When to stop: after `budget` seconds, but not before `least` and not after `most` rounds."""
+
+    budget: float
+    least: int
+    most: int
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], object]],
+    effort: Effort,
+    *,
+    min_sample: float = 1e-3,
+    on_round: Callable[[float], None] = lambda share: None,
+) -> dict[str, list[float]]:
+    """Time every callable once a round.
+
+    The order rotates from round to round, and every other round runs backwards, so that nobody always follows the
+    same neighbour. A sample is as many calls in a row as take `min_sample` seconds or more, found by trial before the
+    first round; that also warms up. The garbage collector is off meanwhile.
+
+    Args:
+        steps: name -> what to time.
+        effort: how many rounds.
+        min_sample: seconds; below that the clock and the caller's own overhead would be measured too.
+        on_round: called after each round, outside of any sample, with the share of the work that is done (0 to 1).
+
+    Returns:
+        name -> seconds a call, one value for each round. Values at the same index were taken in the same round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    with _no_garbage_collection():
+        repeats = {name: _repeats(step, min_sample) for name, step in steps.items()}
+        start = time.perf_counter()
+        for n in range(effort.most):
+            for name in _order(list(steps), n):
+                samples[name].append(_time(steps[name], repeats[name]) / repeats[name])
+            done = max(
+                (n + 1) / effort.most, min((time.perf_counter() - start) / effort.budget, (n + 1) / effort.least)
+            )
+            on_round(min(done, 1.0))
+            if done >= 1:
+                break
+    return samples
+
+
+def paired_ratios(others: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """How many times as long others took, round by round."""
+    return [other / own for other, own in zip(others, ours, strict=True)]
+
+
+class Streaming:
+    """How fast this machine reads, changes and writes arrays far larger than its caches: the limit of any large step.
+
+    Two kernels of torch, timed by `interleave` beside what is measured against them: `a += b`, which moves 12 bytes an
+    element, and `a *= c`, which moves 8. Counted are reads and writes; there is no hidden read for ownership, because
+    every line that is written has just been read. An optimizer step's traffic is of that kind: it reads all that it
+    writes, and one array more (the gradient).
+
+    Args:
+        elements: of each of the two fp32 arrays; the default makes them 256 MiB each.
+    """
+
+    ADD, MULTIPLY = "stream: a += b", "stream: a *= c"
+
+    def __init__(self, elements: int = 2**26) -> None:
+        self.elements = elements
+        # Not zeros: memory that was never written is one page of zeros, read from the cache.
+        self._a, self._b = torch.ones(elements), torch.ones(elements)
+
+    def kernels(self) -> dict[str, Callable[[], object]]:
+        """What to time, by name."""
+        return {self.ADD: lambda: self._a.add_(self._b), self.MULTIPLY: lambda: self._a.mul_(1.0)}
+
+    def limits(self, samples: Mapping[str, Sequence[float]]) -> list[float]:
+        """The larger throughput of the two kernels in each round, in GB/s (1e9 bytes a second)."""
+        rounds = zip(samples[self.ADD], samples[self.MULTIPLY], strict=True)
+        return [self.elements * max(12 / add, 8 / multiply) / 1e9 for add, multiply in rounds]
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within this context torch computes with `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _order(names: list[str], n: int) -> list[str]:
+    first = n % len(names)
+    rotated = names[first:] + names[:first]
+    return rotated[::-1] if n % 2 else rotated
+
+
+def _repeats(step: Callable[[], object], min_sample: float) -> int:
+    repeats = 1
+    while _time(step, repeats) < min_sample:
+        repeats *= 2
+    return repeats
+
+
+def _time(step: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter_ns() - start) / 1e9

@@ -1,0 +1,75 @@
+"""torch.optim as the oracle: the implementation whose bits ours must equal, run so that it is defined for every element.
+
+Adam, AdamW and SGD: torch's fused CPU kernels. They compute the last elements of a thread's chunk, those that fill no vector, in double
+precision; so the oracle runs on one thread and on tensors padded to whole vectors, of which the padding is dropped again.
+
+RMSprop has no fused kernel: torch's for-loop, with square roots rounded as IEEE 754 asks. torch's own square root of a large tensor is off
+by one unit in the last place here and there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_opt.bench.cases import Case
+
+# Elements of padding are added up to a multiple of this: torch's widest unrolled vector loop takes 64 fp32 elements.
+VECTORS = 64
+
+
+class IeeeSqrt(TorchDispatchMode):
+    """Within this context aten::sqrt of CPU float tensors is correctly rounded (numpy's is)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in ("sqrt", "sqrt_"):
+            return func(*args, **(kwargs or {}))
+        root = torch.from_numpy(np.sqrt(args[0].detach().numpy()))
+        return args[0].copy_(root) if name == "sqrt_" else root
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _pad(tensor: torch.Tensor) -> torch.Tensor:
+    missing = -tensor.numel() % VECTORS
+    return torch.cat([tensor.detach().reshape(-1), tensor.new_ones(missing)])
+
+
+def reference_steps(
+    case: Case, params: Sequence[torch.Tensor], grads: Sequence[Sequence[torch.Tensor]]
+) -> list[dict[str, torch.Tensor]]:
+    """Step copies of `params` through `grads` (one sequence of gradients, parallel to `params`, for each step) with torch's optimizer.
+
+    Returns:
+        For each parameter "param" and its states by torch's names, in the parameter's shape; `step` stays a scalar.
+    """
+    copies = [torch.nn.Parameter(_pad(p)) for p in params]
+    fused = {} if case.optimizer == "RMSprop" else {"fused": True}
+    optimizer = getattr(torch.optim, case.optimizer)(copies, **case.options, **fused)
+    with _one_thread(), contextlib.nullcontext() if fused else IeeeSqrt():
+        for step_grads in grads:
+            for copy, grad in zip(copies, step_grads, strict=True):
+                copy.grad = _pad(grad)
+            optimizer.step()
+
+    def unpad(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()[: like.numel()].reshape(like.shape) if tensor.dim() else tensor
+
+    return [
+        {name: unpad(value, p) for name, value in {"param": copy, **optimizer.state[copy]}.items()}
+        for copy, p in zip(copies, params, strict=True)
+    ]

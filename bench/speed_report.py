@@ -1,0 +1,119 @@
+"""Shows what `fused-opt bench` measured: as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from fused_opt.bench.measure import Spread
+from fused_opt.bench.speed_row import COMPARED_STEPS, CONFIGURATIONS, OURS, TORCH, Row, Skipped
+from fused_opt.bench.ulp import FAR
+
+Machine = Mapping[str, str | int]
+
+
+def header(machine: Machine, threads: int) -> str:
+    """Two lines: what was measured, and where."""
+    return (
+        f"fused-opt {machine['fused_opt']} on {machine['isa']} ({machine['why']}), "
+        f"torch {machine['torch']}, Python {machine['python']}\n"
+        f"{machine['cpu']}, {machine['cores']} cores, {threads} threads"
+    )
+
+
+def table(rows: Sequence[Row | Skipped]) -> Table:
+    """One line for each row, sorted by nothing: in the order of measuring."""
+    result = Table()
+    for name in ("workload", "optimizer"):
+        result.add_column(name, no_wrap=True)
+    for name in ("threads", "ours ms", "torch's fastest ms", "speed-up", *TORCH, "GB/s", "of limit", "ULP"):
+        result.add_column(name, justify="right", no_wrap=name not in ("torch's fastest ms", "of limit"))
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        cells = _cells(row) if isinstance(row, Row) else ["skipped"]
+        result.add_row(
+            row.workload.name,
+            row.configuration,
+            *cells,
+            end_section=following is not None and following.workload is not row.workload,
+        )
+    return result
+
+
+def notes(rows: Sequence[Row | Skipped]) -> str:
+    """How to read the table, its exceptions first."""
+    lines = [f"{r.workload.name} {r.configuration} was skipped: it {r.reason}" for r in rows if isinstance(r, Skipped)]
+    measured = [row for row in rows if isinstance(row, Row)]
+    left_out = dict.fromkeys(row.workload.name for row in measured if row.left_out)
+    if left_out:
+        lines.append(f"...: not timed in a quick run of {', '.join(left_out)}; --full times everything")
+    lines.append("speed-up: torch's time over ours, median of the rounds; against torch's fastest way and each of them")
+    limits = [limit for row in measured for limit in row.limits]
+    if limits:
+        lines.append(
+            "of limit: our GB/s over the machine's streaming limit in the same round, which was "
+            f"{Spread.of(limits).median:.1f} GB/s (median; {min(limits):.1f} to {max(limits):.1f})"
+        )
+    lines.append(
+        f"ULP: largest difference of a parameter after {COMPARED_STEPS} steps "
+        "from torch's fused step (RMSprop: from its for-loop)"
+    )
+    return "\n".join(lines)
+
+
+def to_json(machine: Machine, settings: Mapping[str, Any], rows: Sequence[Row | Skipped]) -> dict[str, Any]:
+    """Everything that was measured. Times are in seconds, sizes in bytes, throughput in 1e9 bytes a second."""
+    return {"machine": dict(machine), "settings": dict(settings), "rows": [_row_json(row) for row in rows]}
+
+
+def _cells(row: Row) -> list[str]:
+    def speed_up(name: str) -> str:
+        return f"{row.speed_ups[name].median:.2f}" if name in row.speed_ups else "..." if name in row.left_out else "-"
+
+    fastest = row.fastest
+    return [
+        str(row.threads),
+        _milliseconds(row.seconds[OURS].median),
+        f"{fastest} {_milliseconds(row.seconds[fastest].median)}",
+        f"[bold]{row.speed_ups[fastest].median:.2f}[/bold]",
+        *map(speed_up, TORCH),
+        f"{row.gb_per_s:.1f}",
+        f"{row.share.median:.0%}" if row.share else "-",
+        "NaN" if row.max_ulp == FAR else str(row.max_ulp),
+    ]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.{3 if seconds < 0.01 else 1}f}"
+
+
+def _row_json(row: Row | Skipped) -> dict[str, Any]:
+    case = CONFIGURATIONS[row.configuration]
+    what = {
+        "workload": row.workload.name,
+        "tensors": row.workload.tensors,
+        "elements": row.workload.elements,
+        "configuration": row.configuration,
+        "optimizer": case.optimizer,
+        "options": dict(case.options),
+    }
+    if isinstance(row, Skipped):
+        return {**what, "skipped": row.reason}
+    return {
+        **what,
+        "threads": row.threads,
+        "step_bytes": row.step_bytes,
+        "seconds": {name: asdict(spread) for name, spread in row.seconds.items()},
+        "samples": row.samples,
+        "speed_up": {name: asdict(spread) for name, spread in row.speed_ups.items()},
+        "fastest": row.fastest,
+        "gb_per_s": row.gb_per_s,
+        "streaming_limits": row.limits,
+        "share_of_limit": asdict(row.share) if row.share else None,
+        "max_ulp": row.max_ulp,
+        "compared_with": row.compared_with,
+        "compared_steps": COMPARED_STEPS,
+        "left_out": row.left_out,
+    }
