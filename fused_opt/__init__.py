@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fused_opt.explain import explain
-    from fused_opt.explain import explain
+    from fused_opt.explanation import explain
+    from fused_opt.explanation import explain
     from fused_opt.optimizers import SGD, Adam, AdamW, RMSprop
 
 __version__ = "0.1.0"
@@ -18,10 +18,10 @@ def __getattr__(name: str) -> Any:
     # Lazy, so that `fused-opt doctor` can run where torch cannot be imported.
     if name not in __all__:
         raise AttributeError(f"module 'fused_opt' has no attribute {name!r}")
-    import fused_opt.explain
+    import fused_opt.explanation
     import fused_opt.optimizers
 
-    source = fused_opt.explain if name == "explain" else fused_opt.optimizers
+    source = fused_opt.explanation if name == "explain" else fused_opt.optimizers
     return globals().setdefault(name, getattr(source, name))
 
 
