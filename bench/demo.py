@@ -40,7 +40,7 @@ SECONDS_PER_REFRESH = 0.125
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     options: list[tuple[str, Callable[[str], Any], Any, str, str]] = [
-        ("--steps", _integer(1, 1_000_000), 400, "N", "training steps"),
+        ("--steps", _integer(1, 1_000_000), 500, "N", "training steps"),
         ("--batch-size", _integer(1, 1024), 16, "N", f"texts of {CONTEXT} characters in a step"),
         ("--seed", _integer(0, 2**63 - 1), 0, "N", "decides weights, batches and the text written at the end"),
         ("--output", _writable(".png"), "demo.png", "FILE", "picture of the loss curves"),
@@ -258,7 +258,12 @@ def save_picture(trainings: list[Training], title: str, path: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, compare, report. Returns 0 if the trainings are identical bit for bit, else 1."""
+    """Train, compare, report. Returns 0 if the trainings are identical bit for bit, else 1.
+
+    Raises:
+        ValueError, RuntimeError: as `fused_opt.native.native`.
+    """
+    backend = native()  # first, because it refuses bad settings
     console = Console(highlight=False)
     corpus = Corpus()
     trainings = make_trainings(len(corpus.vocabulary), args.steps, args.seed)
@@ -268,10 +273,9 @@ def run(args: argparse.Namespace) -> int:
     sample = " ".join(corpus.decode(written).split())
 
     size = f"{comparison.values:,} parameters, {args.steps:,} steps of {args.batch_size} x {CONTEXT} characters"
-    setting = f"{size}, {torch.get_num_threads()} threads"
+    setting = f"{size}, threads: {torch.get_num_threads()}"
     verdict = "identical bit for bit" if comparison.identical else "NOT identical"
     save_picture(trainings, f"The same training with two AdamW: {verdict}\n{setting}", args.output)
-    backend = native()
     lines = comparison.sentences(args.steps)
     if backend.module is None:
         lines.append(f"fused_opt ran torch's for-loop, whose bits are not torch's fused ones, because: {backend.why}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -40,6 +41,32 @@ def available_memory() -> int | None:
     """Bytes that can be allocated without swapping, or None where the system does not tell."""
     line = _first_line("/proc/meminfo", "MemAvailable")
     return int(line.split()[0]) * 1024 if line else None
+
+
+class OtherLoad:
+    """How busy other programs, and other guests of the same host, keep this machine's CPUs from now on."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def share(self) -> float | None:
+        """Of all CPU time since this object was made, 0 to 1; None where the system does not tell."""
+        now = self._read()
+        if now is None or self._start is None:
+            return None
+        busy, total, own = (end - begin for begin, end in zip(self._start, now, strict=True))
+        return min(max((busy - own) / total, 0.0), 1.0) if total else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds: of all CPUs at work, of all CPUs in all, of this process at work."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]  # without guests: user has theirs
+        except OSError:
+            return None
+        seconds = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+        idle = seconds[3] + seconds[4]  # idle and iowait; the last field is time stolen by other guests
+        return sum(seconds) - idle, sum(seconds), time.process_time()
 
 
 def _first_line(file: str, key: str) -> str:

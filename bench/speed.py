@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     rows: list[Row | Skipped] = []
     status = 0
+    load = machine.OtherLoad()
     try:
         with measure.threads(threads):
             for row in _rows(workloads, configurations, args.full, console):
@@ -81,11 +82,12 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         status = 130
         console.print(f"Interrupted after {len(rows)} of {len(workloads) * len(configurations)} rows.")
+    other_load = load.share()
     console.print(speed_report.table(rows))
-    console.print(speed_report.notes(rows), markup=False, style="dim")
+    console.print(speed_report.notes(rows, other_load), markup=False)
     if args.json:
         settings = {"full": args.full, "threads": threads, "interrupted": status != 0}
-        args.json.write_text(json.dumps(speed_report.to_json(described, settings, rows), indent=1) + "\n")
+        args.json.write_text(json.dumps(speed_report.to_json(described, settings, rows, other_load), indent=1) + "\n")
     return status
 
 

@@ -14,6 +14,10 @@ from fused_opt.bench.ulp import FAR
 
 Machine = Mapping[str, str | int]
 
+# Share of the CPU that other programs may take. An idle desktop takes 1 to 3 %; with one of 2 cores taken by another
+# program (50 %), a step of torch's that starts a thread team for each tensor took up to 100 times as long.
+TOLERATED_LOAD = 0.1
+
 
 def header(machine: Machine, threads: int) -> str:
     """Two lines: what was measured, and where."""
@@ -42,9 +46,15 @@ def table(rows: Sequence[Row | Skipped]) -> Table:
     return result
 
 
-def notes(rows: Sequence[Row | Skipped]) -> str:
-    """How to read the table, its exceptions first."""
-    lines = [f"{r.workload.name} {r.configuration} was skipped: it {r.reason}" for r in rows if isinstance(r, Skipped)]
+def notes(rows: Sequence[Row | Skipped], other_load: float | None) -> str:
+    """How to read the table, its exceptions first. `other_load` is from `machine.OtherLoad`."""
+    lines = []
+    if other_load is not None and other_load > TOLERATED_LOAD:
+        lines.append(
+            f"Do not trust these times: other programs took {other_load:.0%} of the CPU meanwhile, "
+            "and threads that wait for each other suffer from that out of proportion. Run it again on an idle machine."
+        )
+    lines += [f"{r.workload.name} {r.configuration} was skipped: it {r.reason}" for r in rows if isinstance(r, Skipped)]
     measured = [row for row in rows if isinstance(row, Row)]
     left_out = dict.fromkeys(row.workload.name for row in measured if row.left_out)
     if left_out:
@@ -63,9 +73,16 @@ def notes(rows: Sequence[Row | Skipped]) -> str:
     return "\n".join(lines)
 
 
-def to_json(machine: Machine, settings: Mapping[str, Any], rows: Sequence[Row | Skipped]) -> dict[str, Any]:
+def to_json(
+    machine: Machine, settings: Mapping[str, Any], rows: Sequence[Row | Skipped], other_load: float | None
+) -> dict[str, Any]:
     """Everything that was measured. Times are in seconds, sizes in bytes, throughput in 1e9 bytes a second."""
-    return {"machine": dict(machine), "settings": dict(settings), "rows": [_row_json(row) for row in rows]}
+    return {
+        "machine": dict(machine),
+        "settings": dict(settings),
+        "other_load": other_load,
+        "rows": [_row_json(row) for row in rows],
+    }
 
 
 def _cells(row: Row) -> list[str]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fused_opt.explanation import explain
-    from fused_opt.explanation import explain
     from fused_opt.optimizers import SGD, Adam, AdamW, RMSprop
 
 __version__ = "0.1.0"

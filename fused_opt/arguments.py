@@ -1,0 +1,33 @@
+"""Types for command line arguments: they refuse a bad value with a message that names it, the limit and the remedy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type for whole numbers from `low` to `high`, both included."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one from {low} to {high}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is out of range; give a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def writable_file(text: str) -> Path:
+    """An argparse type for a file to write at the end: what would fail then is refused now."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written; give a file in a folder of yours")
+    return path

@@ -1,0 +1,81 @@
+"""`fused-opt`: finds the command's module, which is imported only then, and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import fused_opt
+
+# Command -> its module and its line in the help. The line is the module's HELP; it is repeated here because the help must
+# also work, and at once, where the module's own imports fail.
+COMMANDS = {
+    "bench": ("fused_opt.bench.speed", "time steps against torch's fused, foreach and for-loop implementations"),
+    "parity": ("fused_opt.bench.parity", "compare the bits of every optimizer and option with torch's"),
+    "doctor": ("fused_opt.doctor", "show what this installation uses and why, and what is wrong with it"),
+    "demo": (
+        "fused_opt.bench.demo",
+        "train a small transformer with torch's fused AdamW and with fused_opt's, and compare every bit",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's).
+
+    Returns:
+        The command's exit status; 2 if it cannot run as asked, 130 if interrupted.
+
+    Raises:
+        SystemExit: help or version was asked for (0), or an argument is wrong (2).
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # No option before the command takes a value, so the first word is the command.
+    chosen = next((word for word in argv if not word.startswith("-")), "")
+    parser = argparse.ArgumentParser(prog="fused-opt", description=fused_opt.__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {fused_opt.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    module: Any = None
+    for name, (module_name, line) in COMMANDS.items():
+        command = commands.add_parser(name, help=line, description=line)
+        if name == chosen:
+            try:
+                module = importlib.import_module(module_name)
+            except (ImportError, OSError) as error:  # OSError: a shared library that the loader refuses
+                return _refuse(name, _why_no_import(error))
+            module.add_arguments(command)
+    args = parser.parse_args(argv)
+    if module is None:
+        parser.print_help(sys.stderr)
+        return 2
+    if chosen != "doctor" and (problem := _environment_problem()):
+        return _refuse(chosen, problem)
+    try:
+        return int(module.run(args))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _refuse(command: str, why: str) -> int:
+    print(f"fused-opt {command}: {why}", file=sys.stderr)
+    return 2
+
+
+def _why_no_import(error: ImportError | OSError) -> str:
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package != "fused_opt":
+        return f"the package {package} is not installed; install it with: pip install 'fused-opt[bench]'"
+    return f"cannot start: {type(error).__name__}: {error}; `fused-opt doctor` says what is wrong with the installation"
+
+
+def _environment_problem() -> str:
+    from fused_opt.native import native
+
+    try:
+        native()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""

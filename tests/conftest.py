@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fused_opt.native import native
+from helpers import ALL_ISAS, SUPPORTED_ISAS
+
+
+def pytest_report_header() -> list[str]:
+    backend = native()
+    missing = sorted(set(ALL_ISAS) - set(SUPPORTED_ISAS))
+    return [
+        f"torch {torch.__version__}, fused_opt on {backend.isa or 'torch'} ({backend.why}), instruction sets tested: {SUPPORTED_ISAS}",
+        *([f"NOT tested, because this CPU lacks them: {missing}"] if missing else []),
+    ]
+
+
+def pytest_sessionstart() -> None:
+    if native().module is None:
+        pytest.exit(f"the extension must be usable for the tests: {native().why}", returncode=3)
+
+
+@pytest.fixture
+def use_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Call it with an instruction set's name to run on that one until the test ends."""
+
+    def use(name: str) -> None:
+        monkeypatch.setenv("FUSED_OPT_CPU_ISA", name)
+        native.cache_clear()
+        assert native().isa == name
+
+    yield use
+    monkeypatch.undo()
+    native.cache_clear()
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Call it with a number of threads, which torch and fused_opt use until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

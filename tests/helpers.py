@@ -1,0 +1,67 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import fused_opt
+from fused_opt.bench.cases import Case
+from fused_opt.native import native
+
+_ISAS: dict[str, bool] = dict(native().module.isas()) if native().module else {}
+ALL_ISAS = list(_ISAS)
+SUPPORTED_ISAS = [name for name, supported in _ISAS.items() if supported]
+
+
+def mixed_magnitudes(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Values of both signs from about 1e-6 to 1e1, as gradients have them."""
+    exponent = torch.empty(tuple(shape), dtype=dtype).uniform_(-6, 1, generator=generator)
+    return torch.randn(tuple(shape), dtype=dtype, generator=generator) * 10**exponent
+
+
+def make_problem(
+    shapes: Sequence[Sequence[int]], steps: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Start values, and for each step a gradient for each of them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(tuple(shape), dtype=dtype, generator=generator) for shape in shapes]
+    grads = [[mixed_magnitudes(shape, dtype, generator) for shape in shapes] for _ in range(steps)]
+    return values, grads
+
+
+def run_steps(optimizer: torch.optim.Optimizer, grads: Sequence[Sequence[torch.Tensor]]) -> None:
+    """One step for each sequence of gradients, which lie parallel to the parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step_grads in grads:
+        for param, grad in zip(params, step_grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+
+
+def ours(case: Case, values: Sequence[torch.Tensor], **options: Any) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    params = [torch.nn.Parameter(value.clone()) for value in values]
+    return params, getattr(fused_opt, case.optimizer)(params, **case.options, **options)
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
+    """Bit for bit, signs of zeros included; any NaN equals any NaN."""
+    assert actual.shape == expected.shape, what
+    assert actual.dtype == expected.dtype, what
+    as_int = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    a, b = actual.detach().contiguous(), expected.detach().contiguous()
+    differ = (a.view(as_int) != b.view(as_int)) & ~(a.isnan() & b.isnan())
+    count = int(differ.sum())
+    assert count == 0, f"{what}: {count} of {a.numel()} elements differ, first {a[differ][0]!r} instead of {b[differ][0]!r}"
+
+
+def assert_same_state(actual: torch.optim.Optimizer, expected: torch.optim.Optimizer) -> None:
+    """Parameters, and all states with the same keys in the same order."""
+    for group, expected_group in zip(actual.param_groups, expected.param_groups, strict=True):
+        for i, (p, q) in enumerate(zip(group["params"], expected_group["params"], strict=True)):
+            assert_same_bits(p, q, f"parameter {i}")
+            assert list(actual.state.get(p, {})) == list(expected.state.get(q, {}))
+            for key, value in expected.state.get(q, {}).items():
+                assert_same_bits(actual.state[p][key], value, f"parameter {i}, {key}")
