@@ -93,7 +93,7 @@ class CharModel(nn.Module):
         for embedding in (self.token, self.position):
             nn.init.normal_(
                 embedding.weight, std=0.2
-            )  # after 500 steps 1.63 on held-out text; 1.77 with 0.02, 1.66 with 0.5
+            )  # held-out loss after 500 steps: 1.63; with 0.02 1.77, with 0.5 1.66
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(self.token(tokens) + self.position.weight[: tokens.shape[1]]))

@@ -192,9 +192,7 @@ class Comparison:
 
     @classmethod
     def of(cls, a: Training, b: Training) -> Comparison:
-        losses = (
-            torch.tensor(training.losses, dtype=torch.float32) for training in (a, b)
-        )  # what they were computed in
+        losses = (torch.tensor(training.losses, dtype=torch.float32) for training in (a, b))  # exact: made from float32
         params = [torch.nn.utils.parameters_to_vector(training.model.parameters()).detach() for training in (a, b)]
         return cls(
             different_steps=[i + 1 for i in _differences(*losses)],
@@ -209,13 +207,11 @@ class Comparison:
 
     def sentences(self, steps: int) -> list[str]:
         """The verdict in words."""
-        curves, params = (
-            f"identical bit for bit, all {steps:,} steps",
-            f"identical bit for bit, all {self.values:,} values",
-        )
+        same = "identical bit for bit, all"
+        curves, params = f"{same} {steps:,} steps", f"{same} {self.values:,} values"
         if self.different_steps:
-            first = self.different_steps[0]
-            curves = f"DIFFERENT at {len(self.different_steps):,} of {steps:,} steps, first at step {first:,}"
+            count, first = len(self.different_steps), self.different_steps[0]
+            curves = f"DIFFERENT at {count:,} of {steps:,} steps, first at step {first:,}"
         if self.different_values:
             params = f"DIFFERENT in {self.different_values:,} of {self.values:,} values"
         return [
@@ -227,7 +223,8 @@ class Comparison:
 
 def _differences(a: Tensor, b: Tensor) -> list[int]:
     """Indices at which two float32 tensors of shape (n,) do not hold the same bits."""
-    return [int(i) for i in (a.view(torch.int32) != b.view(torch.int32)).nonzero()]
+    indices: list[int] = (a.view(torch.int32) != b.view(torch.int32)).nonzero()[:, 0].tolist()
+    return indices
 
 
 def save_picture(trainings: list[Training], title: str, path: Path) -> None:

@@ -10,16 +10,13 @@ from typing import Any
 
 import fused_opt
 
-# Command -> its module and its line in the help. The line is the module's HELP; it is repeated here because the help must
-# also work, and at once, where the module's own imports fail.
+# Command -> its module and its line in the help, which is here because the help must also work, and at once, where the
+# module's own imports fail. The command's own help begins with the module's HELP.
 COMMANDS = {
-    "bench": ("fused_opt.bench.speed", "time steps against torch's fused, foreach and for-loop implementations"),
-    "parity": ("fused_opt.bench.parity", "compare the bits of every optimizer and option with torch's"),
-    "doctor": ("fused_opt.doctor", "show what this installation uses and why, and what is wrong with it"),
-    "demo": (
-        "fused_opt.bench.demo",
-        "train a small transformer with torch's fused AdamW and with fused_opt's, and compare every bit",
-    ),
+    "bench": ("fused_opt.bench.speed", "how fast: times steps against torch's implementations"),
+    "parity": ("fused_opt.bench.parity", "how exact: compares the bits of each option with torch's"),
+    "doctor": ("fused_opt.doctor", "what this installation uses and why, and what is wrong"),
+    "demo": ("fused_opt.bench.demo", "trains a small transformer with torch's AdamW and with ours"),
 }
 
 
@@ -40,12 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     module: Any = None
     for name, (module_name, line) in COMMANDS.items():
-        command = commands.add_parser(name, help=line, description=line)
+        command = commands.add_parser(name, help=line)
         if name == chosen:
             try:
                 module = importlib.import_module(module_name)
             except (ImportError, OSError) as error:  # OSError: a shared library that the loader refuses
                 return _refuse(name, _why_no_import(error))
+            command.description = module.HELP
             module.add_arguments(command)
     args = parser.parse_args(argv)
     if module is None:

@@ -140,7 +140,9 @@ def _extension(report: Report, torch: Any) -> Any:
 
 
 def _choice(report: Report, torch: Any, extension: Any) -> None:
-    section: dict[str, Any] = {name: os.environ.get(name, "") or "not set" for name in ("FUSED_OPT_BACKEND", "FUSED_OPT_CPU_ISA")}
+    section: dict[str, Any] = {
+        name: os.environ.get(name, "") or "not set" for name in ("FUSED_OPT_BACKEND", "FUSED_OPT_CPU_ISA")
+    }
     report.sections["Choice"] = section
     try:
         chosen = native()

@@ -102,9 +102,14 @@ class Plan:
             self._run_batch(plan.group, batch, params, plan.programs)
             return
         # A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop.
+        rule, state = self.optimizer._rule, self.optimizer.state
+        stateless = set(batch.missing)
         for i in batch.indices:
-            batch.gather([params[i]], self.optimizer.state)
-            self._run_batch(plan.group, batch, [params[i]], _programs(self.optimizer._rule, plan.group, batch))
+            if i in stateless and not rule.zero_states:  # torch decides which buffers are new before the first update
+                for slot in rule.slots(plan.group):
+                    state[params[i]].pop(slot, None)
+            batch.gather([params[i]], state)
+            self._run_batch(plan.group, batch, [params[i]], _programs(rule, plan.group, batch))
 
     def _run_batch(self, group: Group, batch: Any, params: list[torch.Tensor], programs: list[Program]) -> None:
         rule = self.optimizer._rule

@@ -1,0 +1,223 @@
+"""Bad input: torch's exception type, a message with value, limit and remedy, and nothing changed. And what is left to torch's own step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fused_opt
+from fused_opt.step import plan
+from helpers import assert_same_bits
+
+PARAM = [torch.nn.Parameter(torch.ones(2))]
+
+BAD_ARGUMENTS: tuple[tuple[str, Any, dict[str, Any], str], ...] = (
+    ("Adam", PARAM, {"lr": -0.5}, "-0.5.*0 or greater.*maximize"),
+    ("AdamW", PARAM, {"lr": float("nan")}, "nan.*0 or greater"),
+    ("AdamW", PARAM, {"eps": -1e-8}, "-1e-08.*0 or greater"),
+    ("AdamW", PARAM, {"betas": (0.9, 1.0)}, "index 1: 1.0.*less than 1"),
+    ("Adam", PARAM, {"betas": (-0.1, 0.9)}, "index 0: -0.1.*at least 0"),
+    ("Adam", PARAM, {"weight_decay": -1}, "-1.*0 or greater"),
+    ("RMSprop", PARAM, {"alpha": -0.1}, "-0.1.*0 or greater"),
+    ("RMSprop", PARAM, {"momentum": -0.9}, "-0.9.*0 or greater"),
+    ("SGD", PARAM, {"nesterov": True}, "momentum > 0 and dampening=0"),
+    ("SGD", [], {}, "model.parameters"),
+    ("SGD", [np.ones(3)], {}, "ndarray.*torch.nn.Parameter"),
+    ("SGD", [PARAM[0] * 2], {}, "detach"),
+    ("SGD", PARAM, {"momentum": -0.9}, "-0.9.*0 or greater"),
+)
+
+
+@pytest.mark.parametrize(("name", "params", "options", "message"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
+def test_constructors_refuse_what_torch_refuses(name: str, params: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception) as torchs:  # noqa: PT011
+        getattr(torch.optim, name)(params, **options)
+    with pytest.raises(torchs.type, match=message) as ours:
+        getattr(fused_opt, name)(params, **options)
+    assert str(ours.value).startswith(str(torchs.value))
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="no_such_option"):
+        fused_opt.AdamW(PARAM, no_such_option=1)
+
+
+def broken_state(change: Callable[[dict[str, torch.Tensor]], None]) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
+    """An optimizer over three parameters in two groups, after one step, the last one's state then changed."""
+    params = [torch.nn.Parameter(torch.full((4,), float(i))) for i in range(3)]
+    optimizer = fused_opt.AdamW([{"params": params[:1]}, {"params": params[1:]}])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    change(optimizer.state[params[2]])
+    return optimizer, params
+
+
+def delete_moment(state: dict[str, torch.Tensor]) -> None:
+    del state["exp_avg_sq"]
+
+
+BROKEN_STATES: tuple[tuple[Callable[[dict[str, torch.Tensor]], Any], type[Exception], str], ...] = (
+    (lambda state: state.update(exp_avg=torch.zeros(5)), RuntimeError, r"'exp_avg' has shape \(5\).*parameter has shape \(4\).*delete"),
+    (lambda state: state.update(exp_avg=torch.zeros(4).double()), RuntimeError, "float64.*float32.*load a state_dict"),
+    (delete_moment, KeyError, "exp_avg_sq"),
+)
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BROKEN_STATES)
+def test_a_failing_step_changes_nothing(change: Any, error: type[Exception], message: str) -> None:
+    optimizer, params = broken_state(change)
+    before = [p.detach().clone() for p in params]
+    states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in params]
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    for param, value, state in zip(params, before, states, strict=True):
+        assert_same_bits(param, value)
+        for key, tensor in state.items():
+            assert_same_bits(optimizer.state[param][key], tensor)
+
+
+def test_options_switched_on_late_fail_as_in_torch() -> None:
+    for module in (fused_opt, torch.optim):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = module.RMSprop([param])
+        param.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.param_groups[0]["momentum"] = 0.9
+        before = param.detach().clone()
+        with pytest.raises(KeyError, match="momentum_buffer"):
+            optimizer.step()
+        assert_same_bits(param, before)
+
+
+def test_bad_group_values_at_step_time_change_nothing() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = fused_opt.AdamW([{"params": params[:1]}, {"params": params[1:]}])
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.param_groups[1]["lr"] = "fast"
+    with pytest.raises(ValueError, match="fast"):
+        optimizer.step()
+    assert all(bool((p == 1).all()) for p in params)
+    assert len(optimizer.state) == 0
+
+
+def test_sparse_gradients_are_torchs_business() -> None:
+    embedding = torch.nn.Embedding(10, 4, sparse=True)
+    dense = torch.nn.Parameter(torch.ones(4))
+    for name, works in (("SGD", True), ("AdamW", False)):
+        optimizer = getattr(fused_opt, name)([dense, embedding.weight])
+        (embedding(torch.tensor([1, 2])).sum() + dense.sum()).backward()
+        before = dense.detach().clone()
+        if works:
+            expected = embedding.weight.detach().clone()
+            expected[1:3] -= 0.001
+            optimizer.step()
+            torch.testing.assert_close(embedding.weight.detach(), expected)
+            assert not torch.equal(dense, before)
+        else:
+            with pytest.raises(RuntimeError, match="sparse"):
+                optimizer.step()
+            assert_same_bits(dense, before)
+        optimizer.zero_grad()
+
+
+def strided_grad(p: torch.nn.Parameter) -> None:
+    p.grad = torch.arange(12.0).reshape(4, 3).t()
+
+
+def expanded_grad(p: torch.nn.Parameter) -> None:
+    p.grad = torch.tensor(2.0).expand(3, 4)
+
+
+def negated_grad(p: torch.nn.Parameter) -> None:
+    p.grad = torch._neg_view(torch.arange(12.0).reshape(3, 4))
+
+
+LEFT_TO_TORCH: tuple[tuple[str, torch.Tensor, Callable[[torch.nn.Parameter], None] | None], ...] = (
+    ("neither float32 nor float64", torch.ones(3, dtype=torch.bfloat16), None),
+    ("neither float32 nor float64", torch.ones(3, dtype=torch.float16), None),
+    ("neither float32 nor float64", torch.ones(3, dtype=torch.complex64), None),
+    ("gaps or overlaps", torch.arange(24.0).reshape(4, 6)[:, ::2], None),
+    ("gradient's strides", torch.ones(3, 4), strided_grad),
+    ("gradient's strides", torch.ones(3, 4), expanded_grad),
+    ("lazily negated", torch.ones(3, 4), negated_grad),
+    ("lazily negated", torch._neg_view(torch.ones(3, 4)), None),
+    ("plain strided", torch.ones(3, 4).as_subclass(type("Mine", (torch.Tensor,), {})), None),
+)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "SGD"])
+@pytest.mark.parametrize(("reason", "value", "set_grad"), LEFT_TO_TORCH, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_the_kernels_do_not_serve_is_stepped_by_torch(name: str, reason: str, value: torch.Tensor, set_grad: Any) -> None:
+    """Beside a parameter that they do serve; both come out as from torch's for-loop."""
+    results = []
+    for module, options in ((fused_opt, {"fused": name != "RMSprop"}), (torch.optim, {"foreach": False})):
+        if name == "RMSprop":
+            options.pop("fused", None)
+        odd = torch.nn.Parameter(value.detach().clone(memory_format=torch.preserve_format) if "negated" not in reason or set_grad else value)
+        if "gaps" in reason:
+            odd = torch.nn.Parameter(value.clone().new_zeros(4, 6)[:, ::2])
+            odd.data.copy_(value)
+        plain = torch.nn.Parameter(torch.ones(5))
+        optimizer = getattr(module, name)([odd, plain], **options)
+        for _ in range(3):
+            odd.grad = torch.ones_like(odd)
+            if set_grad is not None:
+                set_grad(odd)
+            plain.grad = torch.full((5,), 0.5)
+            if module is fused_opt:
+                assert [(i, reason in why) for i, why in plan(optimizer).groups[0].declined] == [(0, True)]
+            optimizer.step()
+        results.append((odd, plain, optimizer))
+    (odd, plain, optimizer), (torch_odd, torch_plain, _) = results
+    assert optimizer._last_ran is not None
+    assert_same_bits(odd.detach().resolve_neg(), torch_odd.detach().resolve_neg())
+    torch.testing.assert_close(plain, torch_plain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("option", ["differentiable", "capturable"])
+def test_options_of_torchs_own_step(option: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = fused_opt.Adam([param], **{option: True})
+    param.grad = torch.ones(3)
+    assert option in fused_opt.explain(optimizer).rows[0].reason
+    if option == "differentiable":
+        optimizer = fused_opt.Adam([param.clone().detach().requires_grad_()], differentiable=True)
+    else:  # torch has no capturable step on the CPU, and says so
+        with pytest.raises((AssertionError, RuntimeError), match="capturable"):
+            optimizer.step()
+
+
+def test_differentiable_step_can_be_differentiated() -> None:
+    grads = []
+    for module in (fused_opt, torch.optim):
+        start = torch.ones(3, requires_grad=True)
+        param = start.clone()
+        optimizer = module.SGD([torch.zeros(1, requires_grad=True)], lr=0.5, differentiable=True)
+        optimizer.param_groups[0]["params"] = [param]
+        param.grad = start * 3
+        optimizer.step()
+        param.sum().backward()
+        grads.append(start.grad)
+    assert_same_bits(*grads)
+
+
+def test_explain_refuses_other_optimizers() -> None:
+    with pytest.raises(TypeError, match=r"torch.optim.sgd.SGD.*fused_opt.Adam"):
+        fused_opt.explain(torch.optim.SGD(PARAM))
+
+
+def test_explain_changes_nothing_and_tells_each_path() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))]
+    optimizer = fused_opt.AdamW(params)
+    explanation = fused_opt.explain(optimizer)
+    assert [(row.path.split("-")[0], row.dtype, row.elements) for row in explanation.rows] == [("cpu", "float32", 3), ("torch", "bfloat16", 4)]
+    assert "8 bytes a value" in explanation.rows[0].states
+    assert "neither float32 nor float64" in str(explanation)
+    assert len(optimizer.state) == 0
+    assert all(p.grad is None for p in params)
