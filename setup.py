@@ -55,9 +55,9 @@ def write_ninja(build_dir: Path, library: Path) -> None:
         for source in sorted(CSRC.glob("*.cpp")):
             target = f"{source.stem}.o"
             objects += ninja_file.build(target, "compile", str(source), variables={"flags": [*COMMON_FLAGS, *includes]})
-        for isa, flags in ISA_FLAGS.items():
+        for isa, isa_flags in ISA_FLAGS.items():
+            flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *isa_flags, f"-DFUSED_OPT_ISA={isa}"]
             for source in sorted((CSRC / "kernels").glob("*.cpp")):
-                flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *flags, f"-DFUSED_OPT_ISA={isa}"]
                 target = f"{source.stem}.{isa}.o"
                 objects += ninja_file.build(target, "compile", str(source), variables={"flags": flags})
         ninja_file.default(ninja_file.build(str(library), "link", objects))

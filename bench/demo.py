@@ -7,7 +7,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fused_opt
+from fused_opt.arguments import whole_number, writable_file
 from fused_opt.bench import machine
 from fused_opt.bench.char_model import CONTEXT, CharModel, Corpus
 from fused_opt.native import native
@@ -40,43 +40,20 @@ SECONDS_PER_REFRESH = 0.125
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     options: list[tuple[str, Callable[[str], Any], Any, str, str]] = [
-        ("--steps", _integer(1, 1_000_000), 500, "N", "training steps"),
-        ("--batch-size", _integer(1, 1024), 16, "N", f"texts of {CONTEXT} characters in a step"),
-        ("--seed", _integer(0, 2**63 - 1), 0, "N", "decides weights, batches and the text written at the end"),
-        ("--output", _writable(".png"), "demo.png", "FILE", "picture of the loss curves"),
+        ("--steps", whole_number(1, 1_000_000), 500, "N", "training steps"),
+        ("--batch-size", whole_number(1, 1024), 16, "N", f"texts of {CONTEXT} characters in a step"),
+        ("--seed", whole_number(0, 2**63 - 1), 0, "N", "decides weights, batches and the text written at the end"),
+        ("--output", _picture, "demo.png", "FILE", "picture of the loss curves"),
     ]
     for name, parse, default, metavar, text in options:
         parser.add_argument(name, type=parse, default=default, metavar=metavar, help=f"{text} (default: %(default)s)")
-    parser.add_argument("--json", type=_writable(), metavar="FILE", help="write everything measured to FILE")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write everything measured to FILE")
 
 
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one from {low} to {high}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is out of range; give a number from {low} to {high}")
-        return value
-
-    return parse
-
-
-def _writable(suffix: str = "") -> Callable[[str], Path]:
-    """A parser for names of files to write, which refuses now what would fail after a minute of training."""
-
-    def parse(text: str) -> Path:
-        path = Path(text)
-        if not path.name.lower().endswith(suffix):
-            raise argparse.ArgumentTypeError(f"{text!r} does not end in {suffix}; give a name that does")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}; make it first")
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{text!r} cannot be written; give a file in a folder of yours")
-        return path
-
-    return parse
+def _picture(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png; give a name that does")
+    return writable_file(text)
 
 
 @dataclass
@@ -255,12 +232,7 @@ def save_picture(trainings: list[Training], title: str, path: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, compare, report. Returns 0 if the trainings are identical bit for bit, else 1.
-
-    Raises:
-        ValueError, RuntimeError: as `fused_opt.native.native`.
-    """
-    backend = native()  # first, because it refuses bad settings
+    """Train, compare, report. Returns the exit status: 0 if the trainings are identical bit for bit, else 1."""
     console = Console(highlight=False)
     corpus = Corpus()
     trainings = make_trainings(len(corpus.vocabulary), args.steps, args.seed)
@@ -273,6 +245,7 @@ def run(args: argparse.Namespace) -> int:
     setting = f"{size}, threads: {torch.get_num_threads()}"
     verdict = "identical bit for bit" if comparison.identical else "NOT identical"
     save_picture(trainings, f"The same training with two AdamW: {verdict}\n{setting}", args.output)
+    backend = native()
     lines = comparison.sentences(args.steps)
     if backend.module is None:
         lines.append(f"fused_opt ran torch's for-loop, whose bits are not torch's fused ones, because: {backend.why}.")

@@ -1,4 +1,4 @@
-"""`fused-opt doctor`: what this installation uses and why, and what is wrong with it. Needs nothing but Python itself."""
+"""`fused-opt doctor`: what this installation uses and why, and what is wrong with it. Needs only Python itself."""
 
 from __future__ import annotations
 
@@ -179,8 +179,8 @@ def _openmp(report: Report) -> None:
     if len(found) > 1:
         report.problem(
             f"{len(found)} OpenMP libraries are loaded, each with threads of its own: {', '.join(found)}",
-            "use a torch whose copy of the library is named libgomp.so.1, which the extension then shares; until then steps are "
-            "correct, but the threads of one library may wait for those of the other",
+            "use a torch that brings its copy as libgomp.so.1, which the extension then shares; until then steps are "
+            "correct, but each library keeps threads of its own, which may disturb each other",
         )
 
 

@@ -1,0 +1,83 @@
+"""The vectorised kernels really are vector code, and no wide instruction stands anywhere else: read from the built extension itself."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from bisect import bisect_right
+from pathlib import Path
+
+import pytest
+
+from fused_opt.native import native
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 instructions")
+
+REGISTER = {"scalar": "xmm", "avx2": "ymm", "avx512": "zmm"}
+# What the body of each rule must contain: packed instructions on whole registers.
+FMA = r"vfn?m(add|sub)\d{{3}}p{size}\s.*%{register}"
+SQRT, DIV = r"vsqrtp{size}\s.*%{register}", r"vdivp{size}\s.*%{register}"
+STORE = r"vmov[ua]p{size}\s+%{register}\d+,.*\("
+ALWAYS = {"adam": (FMA, SQRT, DIV), "rmsprop": (FMA, SQRT, DIV), "sgd": (FMA,)}
+
+Kernel = tuple[str, str, int, int, int]  # isa, rule, flags, item size, address
+
+
+def load_address(library: str) -> int:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(library):
+            return int(line.split("-")[0], 16)
+    raise AssertionError(f"{library} is not mapped")
+
+
+@pytest.fixture(scope="module")
+def disassembly() -> tuple[list[Kernel], list[tuple[int, str]]]:
+    """Kernels by their address in the file, and every instruction of the extension with its address."""
+    if shutil.which("objdump") is None:
+        pytest.fail("objdump is missing: install binutils, which comes with the C++ compiler")
+    module = native().module
+    base = load_address(module.__file__)
+    kernels = sorted(((*rest, address - base) for *rest, address in module.kernel_addresses()), key=lambda k: k[-1])
+    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", module.__file__], capture_output=True, text=True, check=True).stdout
+    instructions = [(int(m[1], 16), m[2]) for m in re.finditer(r"^\s*([0-9a-f]+):\t(.*)$", text, re.MULTILINE)]
+    return kernels, instructions
+
+
+def bodies(kernels: list[Kernel], instructions: list[tuple[int, str]]) -> dict[Kernel, list[str]]:
+    starts = [kernel[-1] for kernel in kernels]
+    found: dict[Kernel, list[str]] = {kernel: [] for kernel in kernels}
+    for address, instruction in instructions:
+        index = bisect_right(starts, address) - 1
+        if index >= 0:
+            found[kernels[index]].append(instruction)
+    return found
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_every_kernel_uses_whole_registers(isa: str, disassembly) -> None:
+    kernels, instructions = disassembly
+    checked = 0
+    for (name, rule, flags, size, address), body in bodies(kernels, instructions).items():
+        if name != isa:
+            continue
+        checked += 1
+        suffix = "s" if size == 4 else "d"
+        for mnemonic in (*ALWAYS[rule], STORE):
+            pattern = re.compile(mnemonic.format(register=REGISTER[isa], size=suffix))
+            assert any(map(pattern.match, body)), f"{isa} {rule} flags {flags}, {size}-byte elements: no {pattern.pattern}"
+    assert checked == 2 * (4 + 8 + 16)
+
+
+def test_no_wide_instruction_outside_the_kernels_made_for_it(disassembly) -> None:
+    """Code for AVX-512 that ran on the way to the dispatch would stop an older CPU."""
+    kernels, instructions = disassembly
+    first = {isa: min(k[-1] for k in kernels if k[0] == isa) for isa in REGISTER}
+    ends = sorted([*first.values(), max(address for address, _ in instructions) + 1])
+    for address, instruction in instructions:
+        for isa in ("avx2", "avx512"):
+            if f"%{REGISTER[isa]}" in instruction:
+                inside = [name for name, start in first.items() if start <= address < ends[ends.index(start) + 1]]
+                allowed = {"avx2", "avx512"} if isa == "avx2" else {"avx512"}
+                assert set(inside) & allowed, f"{instruction} at {address:#x} is outside the {isa} kernels"
