@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -68,56 +69,59 @@ class Row:
     @property
     def ran_on(self) -> str:
         """Instruction set and threads."""
-        return f"{self.isa}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.isa} x {self.threads}"
 
 
 def header(machine: Mapping[str, str | int], steps: int) -> str:
     """What is compared, and where."""
     return (
         f"fused-opt {machine['fused_opt']} against torch {machine['torch']}, Python {machine['python']}, "
-        f"on {machine['cpu']}: {steps} steps"
+        f"{machine['cpu']}; {steps} steps"
     )
 
 
 def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:
-    """Print one table of what is promised and one of what is not, and in words what is broken."""
-    promised = _table(
-        "Against the reference: torch's fused kernels (RMSprop: the for-loop with IEEE square roots)", verbose
+    """Print what is promised, then what is not, and what is broken in words."""
+    groups = [[row] for row in rows] if verbose else _by_optimizer(rows)
+    ran_on = list(dict.fromkeys(row.ran_on for row in rows))
+    console.print(
+        f"Ours ran on {', '.join(ran_on)} (instruction set x threads). Counted are values by distance in ULP."
     )
-    promised.add_column("promise")
-    default = _table(
-        "Against torch's default, the for-loop, whose square root is not IEEE's: nothing promised", verbose
-    )
-    default.add_column("farthest")
-    for group in [[row] for row in rows] if verbose else _by_optimizer(rows):
-        promised.add_row(
-            *_cells(group, [row.reference for row in group], verbose),
-            "[red]BROKEN[/red]" if any(row.broken for row in group) else "kept",
-        )
-        farthest = max(group, key=lambda row: row.for_loop.largest)
-        where = f"{farthest.tensor} of {farthest.case}" if farthest.for_loop.largest else ""
-        default.add_row(*_cells(group, [row.for_loop for row in group], verbose), where)
-    console.print(promised)
-    console.print(default)
+
+    console.print("\nPromised: torch's fused kernels (RMSprop: torch's for-loop with IEEE square roots)")
+    table = _table(verbose, len(ran_on) > 1)
+    table.add_column("promise", no_wrap=True)
+    for group in groups:
+        promise = "[red]BROKEN[/red]" if any(row.broken for row in group) else "kept"
+        table.add_row(*_cells(group, [row.reference for row in group], verbose, len(ran_on) > 1), promise)
+    console.print(table)
+
+    console.print("For information: torch's default, the for-loop, which rounds differently here and there")
+    table = _table(verbose, len(ran_on) > 1)
+    for group in groups:
+        table.add_row(*_cells(group, [row.for_loop for row in group], verbose, len(ran_on) > 1))
+    console.print(table)
 
     broken = [row for row in rows if row.broken]
     for row in broken[:SHOWN]:
         what = f"{row.tensor} of {row.case} in {row.dtype} on {row.ran_on}"
         console.print(f"BROKEN: {what}: {row.broken}", markup=False)
     if len(broken) > SHOWN:
-        console.print(f"... and {len(broken) - SHOWN} more; --verbose shows all")
+        console.print(f"... and in {len(broken) - SHOWN} more rows; --verbose shows all")
     values = sum(row.values for row in rows)
-    verdict = (
-        f"the promise is broken in {len(broken)} of {len(rows)} rows" if broken else "every bit is the reference's"
+    console.print(
+        f"{values} values compared: the promise is broken in {len(broken)} of {len(rows)} rows."
+        if broken
+        else f"{values} values compared: every bit is as promised."
     )
-    console.print(f"{values} values compared: {verdict}.")
 
 
-def _table(title: str, verbose: bool) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("case", "dtype", "ran on", "tensor") if verbose else ("optimizer", "dtype", "ran on", "cases"):
+def _table(verbose: bool, several: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns are enough for the summary
+    names = ("case", "dtype", "tensor") if verbose else ("optimizer", "dtype", "cases")
+    for name in (*names, "ran on") if several else names:
         table.add_column(name, no_wrap=name != "case")
-    for name in ("values", *(f"{label} ULP" for label in BUCKETS), "largest"):
+    for name in ("values", *BUCKETS, "largest"):
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
@@ -129,12 +133,10 @@ def _by_optimizer(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def _cells(rows: Sequence[Row], differences: Sequence[Difference], verbose: bool) -> list[str]:
+def _cells(rows: Sequence[Row], differences: Sequence[Difference], verbose: bool, several: bool) -> list[str]:
     first, total = rows[0], Difference.sum(differences)
-    what = (
-        [first.case, first.dtype, first.ran_on, first.tensor]
-        if verbose
-        else [first.optimizer, first.dtype, first.ran_on, str(len({row.case for row in rows}))]
-    )
+    cases = str(len({row.case for row in rows}))
+    what = [first.case, first.dtype, first.tensor] if verbose else [first.optimizer, first.dtype, cases]
     counts = [str(count) if count else "-" for count in total.counts.values()]
-    return [*what, str(sum(row.values for row in rows)), *counts, "NaN" if total.largest == FAR else str(total.largest)]
+    largest = "NaN" if total.largest == FAR else str(total.largest)
+    return [*what, *([first.ran_on] if several else []), str(sum(row.values for row in rows)), *counts, largest]

@@ -74,7 +74,8 @@ class Batch {
  private:
   const char* classify(size_t index, PyObject* param, PyObject* grad, TensorInfo& info, Entry& entry);
   bool is_negated(PyObject* tensor) const;
-  bool attach_states(PyObject* param_state, const TensorInfo& param, bool fresh, Entry& entry, const char** declined_because);
+  bool attach_states(size_t index, PyObject* param_state, const TensorInfo& param, bool fresh, Entry& entry, const char** because);
+  bool read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& out);
   PyObject* hold(PyObject* object);
   int cohort(double step, bool fresh);
 
@@ -88,6 +89,7 @@ class Batch {
   const Layout layout_;
   std::vector<PyObject*> held_;  // a reference to every object whose memory is used, so that none is freed without the GIL
   std::vector<const void*> known_params_;  // by index: memory of parameters known not to be lazily negated
+  std::vector<Hold> small_states_;         // by index and slot, the counter last; see kMaxHeldBytes
   std::vector<Range> ranges_, known_ranges_;
   bool known_to_share_ = false;
 };

@@ -20,13 +20,19 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
+struct DLManagedTensor {  // DLManagedTensorVersioned; only its deleter is used
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(DLManagedTensor* self);
+};
+
 namespace {
 
 struct DLPackExchangeAPI {
   uint32_t major, minor;
   DLPackExchangeAPI* previous;
   void* managed_tensor_allocator;
-  void* managed_tensor_from_py_object_no_sync;
+  int (*managed_tensor_from_py_object_no_sync)(void* py_object, DLManagedTensor** out);
   void* managed_tensor_to_py_object_no_sync;
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
   void* current_work_stream;
@@ -93,7 +99,23 @@ TensorReader::TensorReader() {
   auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) throw py::error_already_set();
   while (api != nullptr && api->major != kDLPackMajor) api = api->previous;
-  if (api != nullptr) fill_dltensor_ = api->dltensor_from_py_object_no_sync;
+  if (api == nullptr) return;
+  fill_dltensor_ = api->dltensor_from_py_object_no_sync;
+  make_managed_ = api->managed_tensor_from_py_object_no_sync;
+}
+
+void Hold::release() {
+  if (managed_ != nullptr) managed_->deleter(managed_);
+  managed_ = nullptr;
+}
+
+void TensorReader::hold(PyObject* tensor, Hold& hold) const {
+  hold.release();
+  hold.tensor_ = tensor;
+  if (make_managed_ != nullptr && make_managed_(tensor, &hold.managed_) != 0) {
+    PyErr_Clear();
+    hold.managed_ = nullptr;
+  }
 }
 
 bool TensorReader::is_plain(PyObject* tensor) const {

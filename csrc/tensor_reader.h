@@ -28,6 +28,24 @@ bool same_strides(const TensorInfo& a, const TensorInfo& b);
 // No gaps and no overlaps: numel() consecutive elements, in whatever order of dimensions.
 bool is_dense(const TensorInfo& t);
 
+// Keeps a tensor alive from C++, through DLPack.
+class Hold {
+ public:
+  Hold() = default;
+  ~Hold() { release(); }
+  Hold(Hold&& other) noexcept : tensor_(other.tensor_), managed_(other.managed_) { other.managed_ = nullptr; }
+  Hold(const Hold&) = delete;
+  Hold& operator=(const Hold&) = delete;
+
+  bool is(PyObject* tensor) const { return managed_ != nullptr && tensor_ == tensor; }
+  void release();
+
+ private:
+  friend class TensorReader;
+  PyObject* tensor_ = nullptr;  // borrowed; the tensor that `managed_` keeps alive keeps it alive
+  struct DLManagedTensor* managed_ = nullptr;
+};
+
 class TensorReader {
  public:
   // Looks up what it needs in the torch that is imported; throws if there is none.
@@ -35,6 +53,9 @@ class TensorReader {
 
   // False, with no Python error set, if the object is not a plain strided tensor with memory of its own (sparse, meta, subclasses, ...).
   bool read(PyObject* tensor, TensorInfo& out) const;
+
+  // Makes `hold` keep `tensor` alive, if this torch can do that; what it held before is released.
+  void hold(PyObject* tensor, Hold& hold) const;
 
   // New reference to the grad of a tensor (of any subclass), None included. Null with a Python error set on failure.
   PyObject* grad(PyObject* tensor) const;
@@ -46,14 +67,16 @@ class TensorReader {
   const char* method() const { return fill_dltensor_ ? "dlpack" : "data_ptr"; }
 
   // Test hook: read as on a torch that has no exchange table.
-  void forget_exchange_table() { fill_dltensor_ = nullptr; }
+  void forget_exchange_table() { fill_dltensor_ = nullptr, make_managed_ = nullptr; }
 
  private:
   bool is_plain(PyObject* tensor) const;  // a Tensor or Parameter itself, not an instance of a subclass
   bool read_by_methods(PyObject* tensor, TensorInfo& out) const;
 
   using FillDLTensor = int (*)(void* py_object, struct DLTensor* out);
+  using MakeManaged = int (*)(void* py_object, DLManagedTensor** out);
   FillDLTensor fill_dltensor_ = nullptr;
+  MakeManaged make_managed_ = nullptr;
   PyObject *tensor_type_, *parameter_type_;
   PyGetSetDef* grad_;
   PyMethodDef* is_neg_;
