@@ -42,6 +42,7 @@ def interleave(
     steps: Mapping[str, Callable[[], object]],
     effort: Effort,
     *,
+    lead_in: bool,
     min_sample: float = 1e-3,
     on_round: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
@@ -54,6 +55,8 @@ def interleave(
     Args:
         steps: name -> what to time.
         effort: how many rounds.
+        lead_in: whether each sample follows an untimed call. For what fits into caches: otherwise the callables that
+            are called once a sample find there what another one left, and those that are called often do not.
         min_sample: seconds; below that the clock and the caller's own overhead would be measured too.
         on_round: called after each round, outside of any sample, with the share of the work that is done (0 to 1).
 
@@ -66,6 +69,8 @@ def interleave(
         start = time.perf_counter()
         for n in range(effort.most):
             for name in _order(list(steps), n):
+                if lead_in:
+                    steps[name]()
                 samples[name].append(_time(steps[name], repeats[name]) / repeats[name])
             done = max(
                 (n + 1) / effort.most, min((time.perf_counter() - start) / effort.budget, (n + 1) / effort.least)

@@ -37,7 +37,7 @@ SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (0, 3), (8, 8), (31, 33),
 DISTINCT_GRADIENTS = 50
 SEED = 0
 
-# Wide enough for the tables where there is no terminal to ask.
+# Wide enough for all tables. A narrower terminal shows the summary too, and breaks lines of the others.
 WIDTH = 132
 
 # For each parameter "param" and its states, by torch's names.
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
         2 if an instruction set is asked for that this CPU or build does not have.
     """
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
+    if args.verbose or not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     backend = native()
     if backend.module is None:
         console.print(f"Nothing to compare, torch's own step serves every parameter: {backend.why}", markup=False)

@@ -84,22 +84,25 @@ def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:
     """Print what is promised, then what is not, and what is broken in words."""
     groups = [[row] for row in rows] if verbose else _by_optimizer(rows)
     ran_on = list(dict.fromkeys(row.ran_on for row in rows))
+    several = len(ran_on) > 1
     console.print(
         f"Ours ran on {', '.join(ran_on)} (instruction set x threads). Counted are values by distance in ULP."
     )
 
     console.print("\nPromised: torch's fused kernels (RMSprop: torch's for-loop with IEEE square roots)")
-    table = _table(verbose, len(ran_on) > 1)
+    table = _table(verbose, several)
     table.add_column("promise", no_wrap=True)
     for group in groups:
         promise = "[red]BROKEN[/red]" if any(row.broken for row in group) else "kept"
-        table.add_row(*_cells(group, [row.reference for row in group], verbose, len(ran_on) > 1), promise)
+        table.add_row(*_cells(group, [row.reference for row in group], verbose, several), promise)
     console.print(table)
 
-    console.print("For information: torch's default, the for-loop, which rounds differently here and there")
-    table = _table(verbose, len(ran_on) > 1)
+    ours = f"ours on {ran_on[0]}" if several else "ours"
+    console.print(f"For information, {ours} against torch's default, the for-loop, which rounds differently")
+    table = _table(verbose, several=False)
     for group in groups:
-        table.add_row(*_cells(group, [row.for_loop for row in group], verbose, len(ran_on) > 1))
+        if group[0].ran_on == ran_on[0]:
+            table.add_row(*_cells(group, [row.for_loop for row in group], verbose, several=False))
     console.print(table)
 
     broken = [row for row in rows if row.broken]
@@ -117,9 +120,10 @@ def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:
 
 
 def _table(verbose: bool, several: bool) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns are enough for the summary
-    names = ("case", "dtype", "tensor") if verbose else ("optimizer", "dtype", "cases")
-    for name in (*names, "ran on") if several else names:
+    """Empty. The summary fits 80 columns. With `several` instruction sets or numbers of threads a column tells which."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    names = ["case", "dtype", "tensor"] if verbose else ["optimizer", "dtype", *([] if several else ["cases"])]
+    for name in [*names, *(["ran on"] if several else [])]:
         table.add_column(name, no_wrap=name != "case")
     for name in ("values", *BUCKETS, "largest"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -137,6 +141,8 @@ def _cells(rows: Sequence[Row], differences: Sequence[Difference], verbose: bool
     first, total = rows[0], Difference.sum(differences)
     cases = str(len({row.case for row in rows}))
     what = [first.case, first.dtype, first.tensor] if verbose else [first.optimizer, first.dtype, cases]
+    if several:
+        what = [*what[: 3 if verbose else 2], first.ran_on]
     counts = [str(count) if count else "-" for count in total.counts.values()]
     largest = "NaN" if total.largest == FAR else str(total.largest)
-    return [*what, *([first.ran_on] if several else []), str(sum(row.values for row in rows)), *counts, largest]
+    return [*what, str(sum(row.values for row in rows)), *counts, largest]

@@ -124,7 +124,7 @@ def _rows(
 def _one_of(kind: str, names: Collection[str]) -> Callable[[str], str]:
     def check(name: str) -> str:
         if name not in names:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a {kind}; use any of {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"unknown {kind} {name!r}; use any of {', '.join(names)}")
         return name
 
     return check

@@ -24,7 +24,7 @@ def header(machine: Machine, threads: int) -> str:
     return (
         f"fused-opt {machine['fused_opt']} on {machine['isa']} ({machine['why']}), "
         f"torch {machine['torch']}, Python {machine['python']}\n"
-        f"{machine['cpu']}, {machine['cores']} cores, {threads} threads"
+        f"{machine['cpu']}, cores: {machine['cores']}, threads: {threads}"
     )
 
 

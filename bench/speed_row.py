@@ -171,7 +171,9 @@ def measure_row(
     # Reads the parameter, the gradient and the states; writes the parameter and the states. AdamW: 28 bytes an element.
     step_bytes = parameter_bytes * (3 + 2 * states)
     memory = streaming() if step_bytes >= STREAMING_FROM else None
-    samples = interleave({**steps, **(memory.kernels() if memory else {})}, effort, on_round=on_round)
+    samples = interleave(
+        {**steps, **(memory.kernels() if memory else {})}, effort, lead_in=memory is None, on_round=on_round
+    )
     return Row(
         workload=workload,
         configuration=configuration,

@@ -13,8 +13,12 @@ from typing import Any
 
 Group = dict[str, Any]
 
-# Compile-time options (bits, as in csrc/request.h) and the scalars in the backend's order.
+# Compile-time options (the bits below, as in csrc/request.h) and the scalars in the backend's order.
 Program = tuple[int, tuple[float, ...]]
+
+AMSGRAD, ADAM_L2 = 1, 2
+CENTERED, RMSPROP_MOMENTUM, RMSPROP_L2 = 1, 2, 4
+SGD_MOMENTUM, NESTEROV, FIRST, SGD_L2 = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -37,25 +41,17 @@ class Rule:
     zero_states: bool = True
 
 
-def _bits(*flags: object) -> int:
-    return sum(1 << i for i, flag in enumerate(flags) if flag)
-
-
-def _sign(group: Group) -> float:
-    return -1.0 if group["maximize"] else 1.0
-
-
 def _adam_slots(group: Group) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
 
 def _adam_program(group: Group, step: float, fresh: bool) -> Program:
-    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-    beta1, beta2 = map(float, group["betas"])
+    lr, weight_decay, (beta1, beta2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
+    beta1, beta2 = float(beta1), float(beta2)
     decoupled = group["decoupled_weight_decay"]
-    flags = _bits(group["amsgrad"], weight_decay != 0 and not decoupled)
+    flags = AMSGRAD * bool(group["amsgrad"]) + ADAM_L2 * (weight_decay != 0 and not decoupled)
     return flags, (
-        _sign(group),
+        -1.0 if group["maximize"] else 1.0,
         weight_decay,
         1 - lr * weight_decay if decoupled else 1.0,
         1 - beta1,
@@ -68,14 +64,15 @@ def _adam_program(group: Group, step: float, fresh: bool) -> Program:
 
 
 def _rmsprop_slots(group: Group) -> tuple[str, ...]:
-    momentum = ["momentum_buffer"] if group["momentum"] > 0 else []
-    return ("square_avg", *momentum, *(["grad_avg"] if group["centered"] else []))
+    momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()
+    return ("square_avg", *momentum, "grad_avg") if group["centered"] else ("square_avg", *momentum)
 
 
 def _rmsprop_program(group: Group, step: float, fresh: bool) -> Program:
     alpha, momentum, weight_decay = float(group["alpha"]), float(group["momentum"]), float(group["weight_decay"])
-    flags = _bits(group["centered"], momentum > 0, weight_decay != 0)
-    return flags, (_sign(group), weight_decay, alpha, 1 - alpha, float(group["eps"]), momentum, -float(group["lr"]))
+    flags = CENTERED * bool(group["centered"]) + RMSPROP_MOMENTUM * (momentum > 0) + RMSPROP_L2 * (weight_decay != 0)
+    sign = -1.0 if group["maximize"] else 1.0
+    return flags, (sign, weight_decay, alpha, 1 - alpha, float(group["eps"]), momentum, -float(group["lr"]))
 
 
 def _sgd_slots(group: Group) -> tuple[str, ...]:
@@ -84,8 +81,9 @@ def _sgd_slots(group: Group) -> tuple[str, ...]:
 
 def _sgd_program(group: Group, step: float, fresh: bool) -> Program:
     momentum, weight_decay = float(group["momentum"]), float(group["weight_decay"])
-    flags = _bits(momentum != 0, group["nesterov"], fresh, weight_decay != 0)
-    return flags, (_sign(group), weight_decay, momentum, 1 - float(group["dampening"]), -float(group["lr"]))
+    flags = SGD_MOMENTUM * (momentum != 0) + NESTEROV * bool(group["nesterov"]) + FIRST * fresh + SGD_L2 * (weight_decay != 0)
+    sign = -1.0 if group["maximize"] else 1.0
+    return flags, (sign, weight_decay, momentum, 1 - float(group["dampening"]), -float(group["lr"]))
 
 
 ADAM = Rule("adam", "step", _adam_slots, _adam_program)

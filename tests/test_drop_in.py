@@ -190,6 +190,36 @@ def test_step_hooks_run_once_also_when_torch_serves_part() -> None:
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(native), id(other)]
 
 
+def test_hooks_of_a_subclass_with_its_own_step_run_once() -> None:
+    class Mine(fused_opt.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    optimizer, calls = Mine([param], lr=0.5), []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.step()
+    assert calls == ["post"]
+    assert bool((param == 0.5).all())
+
+
+def test_pre_hooks_may_change_the_arguments() -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = fused_opt.SGD([param])
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, lambda: torch.tensor(7.0)), {}))
+    assert optimizer.step() == 7
+
+
+def test_the_profiler_shows_the_step_by_torchs_name() -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    optimizer = fused_opt.AdamW([param])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert "Optimizer.step#AdamW.step" in {event.key for event in profile.key_averages()}
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_autograd_sees_the_writes(name: str) -> None:
     param = torch.nn.Parameter(torch.ones(3))
