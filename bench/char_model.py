@@ -91,9 +91,7 @@ class CharModel(nn.Module):
         self.body = nn.Sequential(*(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH))
         self.head = nn.Linear(WIDTH, vocabulary, bias=False)
         for embedding in (self.token, self.position):
-            nn.init.normal_(
-                embedding.weight, std=0.2
-            )  # held-out loss after 500 steps: 1.63; with 0.02 1.77, with 0.5 1.66
+            nn.init.normal_(embedding.weight, std=0.2)  # held-out loss after 500 steps: 1.6; with std 0.02: 1.8
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(self.token(tokens) + self.position.weight[: tokens.shape[1]]))

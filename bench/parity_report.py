@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -81,15 +80,14 @@ def header(machine: Mapping[str, str | int], steps: int) -> str:
 
 
 def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:
-    """Print what is promised, then what is not, and what is broken in words."""
+    """Print what is promised, then what is not, and what is broken in words. Without `verbose` it fits 80 columns."""
     groups = [[row] for row in rows] if verbose else _by_optimizer(rows)
     ran_on = list(dict.fromkeys(row.ran_on for row in rows))
     several = len(ran_on) > 1
-    console.print(
-        f"Ours ran on {', '.join(ran_on)} (instruction set x threads). Counted are values by distance in ULP."
-    )
+    console.print(f"Ours ran on {', '.join(ran_on)} (instruction set x threads).")
+    console.print("Values are counted by their distance in ULP.")
 
-    console.print("\nPromised: torch's fused kernels (RMSprop: torch's for-loop with IEEE square roots)")
+    console.print("\nPromised: torch's fused kernels (RMSprop: the for-loop with IEEE square roots)")
     table = _table(verbose, several)
     table.add_column("promise", no_wrap=True)
     for group in groups:
@@ -97,37 +95,22 @@ def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:
         table.add_row(*_cells(group, [row.reference for row in group], verbose, several), promise)
     console.print(table)
 
-    ours = f"ours on {ran_on[0]}" if several else "ours"
-    console.print(f"For information, {ours} against torch's default, the for-loop, which rounds differently")
+    on = f" on {ran_on[0]}" if several else ""
+    console.print(f"\nFor information: ours{on} against torch's default, the for-loop")
     table = _table(verbose, several=False)
     for group in groups:
         if group[0].ran_on == ran_on[0]:
             table.add_row(*_cells(group, [row.for_loop for row in group], verbose, several=False))
-    console.print(table)
+    console.print(table, end="\n\n")
 
     broken = [row for row in rows if row.broken]
     for row in broken[:SHOWN]:
         what = f"{row.tensor} of {row.case} in {row.dtype} on {row.ran_on}"
         console.print(f"BROKEN: {what}: {row.broken}", markup=False)
     if len(broken) > SHOWN:
-        console.print(f"... and in {len(broken) - SHOWN} more rows; --verbose shows all")
-    values = sum(row.values for row in rows)
-    console.print(
-        f"{values} values compared: the promise is broken in {len(broken)} of {len(rows)} rows."
-        if broken
-        else f"{values} values compared: every bit is as promised."
-    )
-
-
-def _table(verbose: bool, several: bool) -> Table:
-    """Empty. The summary fits 80 columns. With `several` instruction sets or numbers of threads a column tells which."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    names = ["case", "dtype", "tensor"] if verbose else ["optimizer", "dtype", *([] if several else ["cases"])]
-    for name in [*names, *(["ran on"] if several else [])]:
-        table.add_column(name, no_wrap=name != "case")
-    for name in ("values", *BUCKETS, "largest"):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+        console.print(f"... and {len(broken) - SHOWN} more rows are broken; --verbose shows all.")
+    verdict = f"the promise is broken in {len(broken)} of {len(rows)} rows" if broken else "every bit is as promised"
+    console.print(f"{sum(row.values for row in rows)} values compared: {verdict}.")
 
 
 def _by_optimizer(rows: Sequence[Row]) -> list[list[Row]]:
@@ -137,12 +120,25 @@ def _by_optimizer(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
+def _table(verbose: bool, several: bool) -> Table:
+    """An empty one. What ours ran on has a column if that is `several`, in the summary in place of the cases."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    names = ("case", "dtype", "tensor") if verbose else ("optimizer", "dtype")
+    for name in (*names, *(["ran on"] if several else [] if verbose else ["cases"])):
+        table.add_column(name, no_wrap=name != "case")
+    for name in ("values", *BUCKETS, "largest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def _cells(rows: Sequence[Row], differences: Sequence[Difference], verbose: bool, several: bool) -> list[str]:
+    """The `_table`'s for rows alike in what it names."""
     first, total = rows[0], Difference.sum(differences)
-    cases = str(len({row.case for row in rows}))
-    what = [first.case, first.dtype, first.tensor] if verbose else [first.optimizer, first.dtype, cases]
+    names = [first.case, first.dtype, first.tensor] if verbose else [first.optimizer, first.dtype]
     if several:
-        what = [*what[: 3 if verbose else 2], first.ran_on]
+        names.append(first.ran_on)
+    elif not verbose:
+        names.append(str(len({row.case for row in rows})))
     counts = [str(count) if count else "-" for count in total.counts.values()]
     largest = "NaN" if total.largest == FAR else str(total.largest)
-    return [*what, str(sum(row.values for row in rows)), *counts, largest]
+    return [*names, str(sum(row.values for row in rows)), *counts, largest]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -29,8 +30,8 @@ QUICK_CONFIGURATIONS = ["adamw", "sgd-momentum", "rmsprop"]
 QUICK_LEAVES_OUT_FROM = 50_000_000
 QUICK_LEAVES_OUT = frozenset({"foreach", "for-loop"})
 
-# Wide enough for the table where there is no terminal to ask.
-WIDTH = 132
+# The table's width where the terminal is narrower, or is none: lines that wrap are better than columns cut off.
+WIDTH = 124
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(CONFIGURATIONS)} (default: {', '.join(QUICK_CONFIGURATIONS)})",
     )
-    parser.add_argument("--full", action="store_true", help="everything, with more rounds (about 15 minutes)")
+    parser.add_argument("--full", action="store_true", help="everything, with more rounds (10 to 20 minutes)")
     parser.add_argument(
         "--threads", type=_positive, metavar="N", help="threads for every implementation (default: torch's)"
     )
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         status = 130
         console.print(f"Interrupted after {len(rows)} of {len(workloads) * len(configurations)} rows.")
     other_load = load.share()
-    console.print(speed_report.table(rows))
+    Console(width=max(console.width, WIDTH)).print(speed_report.table(rows))
     console.print(speed_report.notes(rows, other_load), markup=False)
     if args.json:
         settings = {"full": args.full, "threads": threads, "interrupted": status != 0}
@@ -95,30 +96,52 @@ def _rows(
     workloads: list[Workload], configurations: list[str], full: bool, console: Console
 ) -> Iterator[Row | Skipped]:
     streaming = functools.cache(measure.Streaming)  # its arrays are made once, and only if a row needs them
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(),
-    )
-    # Refreshed by hand, between samples: a thread that redraws would take time from what is measured.
-    with Progress(
-        *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=len(workloads) * len(configurations))
-        done = 0
+    with _Bar(console, len(workloads) * len(configurations)) as bar:
         for workload in workloads:
+            bar.name = f"{workload.name}: values"
+            bar.show(0)
             tensors = None  # free the last workload's before making the next one's
             tensors = Tensors.random(workload)
             leave_out = QUICK_LEAVES_OUT if not full and workload.elements > QUICK_LEAVES_OUT_FROM else frozenset[str]()
             for configuration in configurations:
+                bar.name = f"{workload.name} {configuration}"
+                bar.show(0)
+                yield measure_row(tensors, configuration, FULL if full else QUICK, leave_out, streaming, bar.show)
+                bar.rows += 1
 
-                def show(share: float, rows: int = done, name: str = f"{workload.name} {configuration}") -> None:
-                    bar.update(task, completed=rows + share, description=name, refresh=True)
 
-                show(0)
-                yield measure_row(tensors, configuration, FULL if full else QUICK, leave_out, streaming, show)
-                done += 1
+class _Bar:
+    """A progress bar over rows, on a terminal only.
+
+    It is drawn between samples, ten times a second at the most. The thread that usually draws would take time from what
+    is measured.
+    """
+
+    def __init__(self, console: Console, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TimeElapsedColumn(),
+        )
+        hidden = not console.is_terminal
+        self._progress = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=hidden)
+        self._task = self._progress.add_task("", total=total)
+        self._drawn = 0.0
+        self.name, self.rows = "", 0
+
+    def show(self, share: float) -> None:
+        """Draw that `rows` rows and `share` of the one called `name` are done."""
+        if share == 0 or time.monotonic() > self._drawn + 0.1:
+            self._progress.update(self._task, completed=self.rows + share, description=self.name, refresh=True)
+            self._drawn = time.monotonic()
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
 
 
 def _one_of(kind: str, names: Collection[str]) -> Callable[[str], str]:

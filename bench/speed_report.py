@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fused_opt.bench.measure import Spread
@@ -29,20 +30,16 @@ def header(machine: Machine, threads: int) -> str:
 
 
 def table(rows: Sequence[Row | Skipped]) -> Table:
-    """One line for each row, sorted by nothing: in the order of measuring."""
-    result = Table()
+    """One line for each row, in the order of measuring."""
+    result = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("workload", "optimizer"):
         result.add_column(name, no_wrap=True)
-    for name in ("threads", "ours ms", "torch's fastest ms", "speed-up", *TORCH, "GB/s", "of limit", "ULP"):
-        result.add_column(name, justify="right", no_wrap=name not in ("torch's fastest ms", "of limit"))
+    for name in ("ours ms", "torch ms", "speed-up", *TORCH, "GB/s", "of limit", "ULP"):
+        result.add_column(name, justify="right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         cells = _cells(row) if isinstance(row, Row) else ["skipped"]
-        result.add_row(
-            row.workload.name,
-            row.configuration,
-            *cells,
-            end_section=following is not None and following.workload is not row.workload,
-        )
+        last = following is not None and following.workload is not row.workload
+        result.add_row(row.workload.name, row.configuration, *cells, end_section=last)
     return result
 
 
@@ -59,7 +56,9 @@ def notes(rows: Sequence[Row | Skipped], other_load: float | None) -> str:
     left_out = dict.fromkeys(row.workload.name for row in measured if row.left_out)
     if left_out:
         lines.append(f"...: not timed in a quick run of {', '.join(left_out)}; --full times everything")
-    lines.append("speed-up: torch's time over ours, median of the rounds; against torch's fastest way and each of them")
+    lines.append(
+        "speed-up: torch's time over ours, median of the rounds; for its fastest implementation (torch ms) and each"
+    )
     limits = [limit for row in measured for limit in row.limits]
     if limits:
         lines.append(
@@ -91,7 +90,6 @@ def _cells(row: Row) -> list[str]:
 
     fastest = row.fastest
     return [
-        str(row.threads),
         _milliseconds(row.seconds[OURS].median),
         f"{fastest} {_milliseconds(row.seconds[fastest].median)}",
         f"[bold]{row.speed_ups[fastest].median:.2f}[/bold]",
