@@ -40,7 +40,7 @@ def write_ninja(build_dir: Path, library: Path) -> None:
     """Write build_dir/build.ninja, whose default target is the extension at `library`."""
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     compiler = (sysconfig.get_config_var("CXX") or "g++").split()[0]
-    with open(build_dir / "build.ninja", "w") as file:
+    with (build_dir / "build.ninja").open("w") as file:
         ninja_file = Writer(file, width=120)
         ninja_file.variable("cxx", compiler)
         ninja_file.rule(

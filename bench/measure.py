@@ -72,9 +72,7 @@ def interleave(
                 if lead_in:
                     steps[name]()
                 samples[name].append(_time(steps[name], repeats[name]) / repeats[name])
-            done = max(
-                (n + 1) / effort.most, min((time.perf_counter() - start) / effort.budget, (n + 1) / effort.least)
-            )
+            done = max((n + 1) / effort.most, min((time.perf_counter() - start) / effort.budget, (n + 1) / effort.least))
             on_round(min(done, 1.0))
             if done >= 1:
                 break

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -40,6 +41,8 @@ SEED = 0
 # Wide enough for all tables. A narrower terminal shows the summary too, and breaks lines of the others.
 WIDTH = 132
 
+REFUSAL = "fused-opt parity: nothing to compare with torch: "
+
 # For each parameter "param" and its states, by torch's names.
 Result = list[dict[str, torch.Tensor]]
 
@@ -52,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     optimizers = ", ".join(OPTIMIZERS)
-    parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, metavar="NAME", help=f"any of {optimizers} (default: all)", **several
-    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, metavar="NAME", help=f"any of {optimizers} (default: all)", **several)
     parser.add_argument("--dtype", choices=DTYPE_OF, help="of the parameters (default: both)", **several)
     parser.add_argument("--steps", type=whole_number(1, 10_000), default=20, metavar="N", help="(default: 20)")
     parser.add_argument(
@@ -64,9 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="our numbers of threads (default: torch's)",
         **several,
     )
-    parser.add_argument(
-        "--isa", metavar="NAME", help="instruction sets, or all that this CPU has (default: the one in use)", **several
-    )
+    parser.add_argument("--isa", metavar="NAME", help="instruction sets, or all that this CPU has (default: the one in use)", **several)
     parser.add_argument("--verbose", action="store_true", help="a line for each tensor of each case")
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write everything found to FILE")
 
@@ -83,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
         console.width = max(console.width, WIDTH)
     backend = native()
     if backend.module is None:
-        console.print(f"Nothing to compare, torch's own step serves every parameter: {backend.why}", markup=False)
+        print(f"{REFUSAL}torch's own step serves every parameter: {backend.why}", file=sys.stderr)
         return 1
     usable = [name for name, supported in backend.module.isas() if supported]
     asked = [name for isa in args.isa or [backend.isa] for name in (usable if isa == "all" else [isa])]
     isas, threads = dict.fromkeys(asked), dict.fromkeys(args.threads or [torch.get_num_threads()])
     if unusable := [isa for isa in isas if isa not in usable]:
-        remedy = f"use any of {', '.join(usable)}, or all"
-        console.print(f"--isa {unusable[0]}: this CPU or this build does not have it; {remedy}", markup=False)
+        usage = f"--isa {unusable[0]}: this CPU or this build does not have it; use any of {', '.join(usable)}, or all"
+        print(f"fused-opt parity: {usage}", file=sys.stderr)
         return 2
     cases = [case for case in CASES if case.optimizer in (args.optimizer or OPTIMIZERS)]
     work = [(case, dtype) for dtype in dict.fromkeys(args.dtype or DTYPE_OF) for case in cases]
@@ -101,12 +100,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         # On one thread but for our steps: on tensors this small, waking a second one costs more than it saves.
         with measure.threads(1):
-            for case, dtype in track(
-                work, "comparing", console=console, transient=True, disable=not console.is_terminal
-            ):
+            for case, dtype in track(work, "comparing", console=console, transient=True, disable=not console.is_terminal):
                 rows += compare(case, dtype, args.steps, list(isas), list(threads))
     except UnprovenError as error:
-        console.print(f"Nothing is proven. {error}", markup=False)
+        print(f"{REFUSAL}{error}", file=sys.stderr)
         return 1
     parity_report.show(console, rows, args.verbose)
     kept = not any(row.broken for row in rows)
@@ -187,9 +184,7 @@ def _problem(dtype: torch.dtype, steps: int) -> tuple[list[torch.Tensor], list[l
         present = torch.empty_like(value).uniform_(generator=generator) > 0.05
         return torch.empty_like(value).normal_(generator=generator).mul_(scale).mul_(present)
 
-    distinct = [
-        [gradient(*pair) for pair in zip(values, scales, strict=True)] for _ in range(min(steps, DISTINCT_GRADIENTS))
-    ]
+    distinct = [[gradient(*pair) for pair in zip(values, scales, strict=True)] for _ in range(min(steps, DISTINCT_GRADIENTS))]
     return values, [distinct[step % len(distinct)] for step in range(steps)]
 
 

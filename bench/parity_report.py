@@ -73,10 +73,7 @@ class Row:
 
 def header(machine: Mapping[str, str | int], steps: int) -> str:
     """What is compared, and where."""
-    return (
-        f"fused-opt {machine['fused_opt']} against torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['cpu']}; {steps} steps"
-    )
+    return f"fused-opt {machine['fused_opt']} against torch {machine['torch']}, Python {machine['python']}, {machine['cpu']}; {steps} steps"
 
 
 def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:

@@ -49,9 +49,7 @@ def _pad(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1), tensor.new_ones(missing)])
 
 
-def reference_steps(
-    case: Case, params: Sequence[torch.Tensor], grads: Sequence[Sequence[torch.Tensor]]
-) -> list[dict[str, torch.Tensor]]:
+def reference_steps(case: Case, params: Sequence[torch.Tensor], grads: Sequence[Sequence[torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
     """Step copies of `params` through `grads` (one sequence of gradients, parallel to `params`, for each step) with torch's optimizer.
 
     Returns:

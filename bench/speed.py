@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(CONFIGURATIONS)} (default: {', '.join(QUICK_CONFIGURATIONS)})",
     )
     parser.add_argument("--full", action="store_true", help="everything, with more rounds (10 to 20 minutes)")
-    parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="threads for every implementation (default: torch's)"
-    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads for every implementation (default: torch's)")
     parser.add_argument("--json", type=_writable, metavar="FILE", help="write everything measured to FILE")
 
 
@@ -92,9 +90,7 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _rows(
-    workloads: list[Workload], configurations: list[str], full: bool, console: Console
-) -> Iterator[Row | Skipped]:
+def _rows(workloads: list[Workload], configurations: list[str], full: bool, console: Console) -> Iterator[Row | Skipped]:
     streaming = functools.cache(measure.Streaming)  # its arrays are made once, and only if a row needs them
     with _Bar(console, len(workloads) * len(configurations)) as bar:
         for workload in workloads:

@@ -56,9 +56,7 @@ def notes(rows: Sequence[Row | Skipped], other_load: float | None) -> str:
     left_out = dict.fromkeys(row.workload.name for row in measured if row.left_out)
     if left_out:
         lines.append(f"...: not timed in a quick run of {', '.join(left_out)}; --full times everything")
-    lines.append(
-        "speed-up: torch's time over ours, median of the rounds; for its fastest implementation (torch ms) and each"
-    )
+    lines.append("speed-up: torch's time over ours, median of the rounds; for its fastest implementation (torch ms) and each")
     limits = [limit for row in measured for limit in row.limits]
     if limits:
         lines.append(
@@ -66,15 +64,12 @@ def notes(rows: Sequence[Row | Skipped], other_load: float | None) -> str:
             f"{Spread.of(limits).median:.1f} GB/s (median; {min(limits):.1f} to {max(limits):.1f})"
         )
     lines.append(
-        f"ULP: largest difference of a parameter after {COMPARED_STEPS} steps "
-        "from torch's fused step (RMSprop: from its for-loop)"
+        f"ULP: largest difference of a parameter after {COMPARED_STEPS} steps from torch's fused step (RMSprop: from its for-loop)"
     )
     return "\n".join(lines)
 
 
-def to_json(
-    machine: Machine, settings: Mapping[str, Any], rows: Sequence[Row | Skipped], other_load: float | None
-) -> dict[str, Any]:
+def to_json(machine: Machine, settings: Mapping[str, Any], rows: Sequence[Row | Skipped], other_load: float | None) -> dict[str, Any]:
     """Everything that was measured. Times are in seconds, sizes in bytes, throughput in 1e9 bytes a second."""
     return {
         "machine": dict(machine),

@@ -150,14 +150,10 @@ def measure_row(
 
     states = _count_states(case)
     parameter_bytes = ITEM_SIZE * workload.elements
-    needed = (
-        parameter_bytes * (1 + len(timed)) * (1 + states) + parameter_bytes
-    )  # torch's temporaries: a copy at the least
+    needed = parameter_bytes * (1 + len(timed)) * (1 + states) + parameter_bytes  # torch's temporaries: a copy at the least
     available = available_memory()
     if available is not None and needed > available:
-        return Skipped(
-            workload, configuration, f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available"
-        )
+        return Skipped(workload, configuration, f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available")
 
     params = {name: _copies(tensors) for name in [OURS, *timed]}
     optimizers = {name: _torch_class(case)(params[name], **case.options, **TORCH[name]) for name in timed}
@@ -171,9 +167,7 @@ def measure_row(
     # Reads the parameter, the gradient and the states; writes the parameter and the states. AdamW: 28 bytes an element.
     step_bytes = parameter_bytes * (3 + 2 * states)
     memory = streaming() if step_bytes >= STREAMING_FROM else None
-    samples = interleave(
-        {**steps, **(memory.kernels() if memory else {})}, effort, lead_in=memory is None, on_round=on_round
-    )
+    samples = interleave({**steps, **(memory.kernels() if memory else {})}, effort, lead_in=memory is None, on_round=on_round)
     return Row(
         workload=workload,
         configuration=configuration,

@@ -90,9 +90,7 @@ def _workload(name: str, description: str, shapes: Iterable[Shape]) -> Workload:
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
-        _workload(
-            "rl", "policy and value network of a control task", [*_network(17, 64, 64, 6), *_network(17, 64, 64, 6)]
-        ),
+        _workload("rl", "policy and value network of a control task", [*_network(17, 64, 64, 6), *_network(17, 64, 64, 6)]),
         _workload("tiny", "1000 tensors of 64 elements", 1000 * [(64,)]),
         _workload("single", "one tensor of 65,536 elements", [(65_536,)]),
         _workload("mlp", "8 linear layers of 256 x 256", 8 * _linear(256, 256)),

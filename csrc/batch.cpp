@@ -120,8 +120,7 @@ bool Batch::read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& 
 }
 
 // False if the states have an honest form that this code does not serve; throws if they are unusable.
-bool Batch::attach_states(size_t index, PyObject* param_state, const TensorInfo& p, bool fresh, Entry& entry,
-                          const char** because) {
+bool Batch::attach_states(size_t index, PyObject* param_state, const TensorInfo& p, bool fresh, Entry& entry, const char** because) {
   for (size_t k = 0; k < layout_.slots.size(); ++k) {
     PyObject* const tensor = PyDict_GetItemWithError(param_state, layout_.slots[k]);
     if (tensor == nullptr) {
@@ -182,9 +181,7 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
       PyObject* const param_state = cursor.find(param);
       const bool has_states = param_state != nullptr && PyDict_Check(param_state) && PyDict_GET_SIZE(param_state) > 0;
       // A rule that counts has all its states from the first step on; one that does not (SGD) may be given its buffer late.
-      PyObject* const first = !has_states ? nullptr
-                              : layout_.counter ? Py_True
-                                                : PyDict_GetItemWithError(param_state, layout_.slots[0]);
+      PyObject* const first = !has_states ? nullptr : layout_.counter ? Py_True : PyDict_GetItemWithError(param_state, layout_.slots[0]);
       if (first == nullptr || first == Py_None) {
         params.push_back(param);
         indices.push_back(i);

@@ -69,7 +69,7 @@ class Batch {
   std::vector<std::pair<Py_ssize_t, const char*>> declined;
   std::vector<PyObject*> params;    // of entries and missing, in the order of the list
   std::vector<Py_ssize_t> indices;  // theirs
-  std::vector<PyObject*> written;  // states and counters of entries
+  std::vector<PyObject*> written;   // states and counters of entries
 
  private:
   const char* classify(size_t index, PyObject* param, PyObject* grad, TensorInfo& info, Entry& entry);
@@ -87,7 +87,7 @@ class Batch {
 
   const TensorReader& reader_;
   const Layout layout_;
-  std::vector<PyObject*> held_;  // a reference to every object whose memory is used, so that none is freed without the GIL
+  std::vector<PyObject*> held_;            // a reference to every object whose memory is used, so that none is freed without the GIL
   std::vector<const void*> known_params_;  // by index: memory of parameters known not to be lazily negated
   std::vector<Hold> small_states_;         // by index and slot, the counter last; see kMaxHeldBytes
   std::vector<Range> ranges_, known_ranges_;

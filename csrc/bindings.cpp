@@ -16,7 +16,7 @@ namespace {
 
 struct RuleInfo {
   const char* name;
-  const KernelsByDtype* KernelTable::*kernels;
+  const KernelsByDtype* KernelTable::* kernels;
   unsigned flag_combinations;
   size_t scalars;
 };
@@ -111,11 +111,14 @@ Ran run(Batch& batch, const std::string& rule_name, const Programs& programs, co
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of fused_opt. Internal: use the classes of fused_opt.";
 
-  m.def("isas", [] {
-    std::vector<std::pair<std::string, bool>> list;
-    for (int i = 0; i < isa_count; ++i) list.emplace_back(isas[i].name, isas[i].supported());
-    return list;
-  }, "The instruction sets compiled in, plainest first, each with whether this CPU runs it.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::pair<std::string, bool>> list;
+        for (int i = 0; i < isa_count; ++i) list.emplace_back(isas[i].name, isas[i].supported());
+        return list;
+      },
+      "The instruction sets compiled in, plainest first, each with whether this CPU runs it.");
   m.def("reader", [] { return reader().method(); }, "How tensors are read: 'dlpack' or 'data_ptr'.");
   m.def("forget_exchange_table", [] { reader().forget_exchange_table(); }, "Test hook.");
   m.def("kernel_addresses", kernel_addresses, "Test hook.");
@@ -124,31 +127,37 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Batch>(m, "Batch")
       .def(py::init([](const std::vector<std::string>& slots, const std::string& counter) {
              return std::make_unique<Batch>(reader(), make_layout(slots, counter));
-           }), py::arg("slots"), py::arg("counter"))
-      .def("gather", [](Batch& self, const py::list& params, const py::dict& state, bool assume_grad) {
-             self.gather(params.ptr(), state.ptr(), assume_grad);
-           }, py::arg("params"), py::arg("state"), py::arg("assume_grad") = false)
+           }),
+           py::arg("slots"), py::arg("counter"))
+      .def(
+          "gather",
+          [](Batch& self, const py::list& params, const py::dict& state, bool assume_grad) {
+            self.gather(params.ptr(), state.ptr(), assume_grad);
+          },
+          py::arg("params"), py::arg("state"), py::arg("assume_grad") = false)
       .def("adopt", [](Batch& self, size_t i, const py::dict& state) { self.adopt(i, state.ptr()); })
       .def("clear", &Batch::clear)
       .def("shares_memory", &Batch::shares_memory)
       .def("run", &run, py::arg("rule"), py::arg("programs"), py::arg("isa"), py::arg("max_threads"))
-      .def_property_readonly("missing", [](const Batch& self) {
-             std::vector<Py_ssize_t> indices;
-             for (const auto& m : self.missing) indices.push_back(m.index);
-             return indices;
-           })
+      .def_property_readonly("missing",
+                             [](const Batch& self) {
+                               std::vector<Py_ssize_t> indices;
+                               for (const auto& m : self.missing) indices.push_back(m.index);
+                               return indices;
+                             })
       .def_property_readonly("indices", [](const Batch& self) { return self.indices; })
       .def_property_readonly("declined", [](const Batch& self) { return self.declined; })
-      .def_property_readonly("cohorts", [](const Batch& self) {
-             std::vector<std::pair<double, bool>> list;
-             for (const Cohort& c : self.cohorts) list.emplace_back(c.step, c.fresh);
-             return list;
-           })
+      .def_property_readonly("cohorts",
+                             [](const Batch& self) {
+                               std::vector<std::pair<double, bool>> list;
+                               for (const Cohort& c : self.cohorts) list.emplace_back(c.step, c.fresh);
+                               return list;
+                             })
       .def_property_readonly("written", [](const Batch& self) {
-             py::list list = to_list(self.params);
-             for (PyObject* object : self.written) list.append(py::handle(object));
-             return list;
-           });
+        py::list list = to_list(self.params);
+        for (PyObject* object : self.written) list.append(py::handle(object));
+        return list;
+      });
 
   py::class_<Ran>(m, "Ran").def_readonly("isa", &Ran::isa).def_readonly("threads", &Ran::threads);
 }

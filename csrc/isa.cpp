@@ -2,8 +2,8 @@
 
 namespace fused_opt {
 
-#define FUSED_OPT_DECLARE(isa) \
-  namespace isa {              \
+#define FUSED_OPT_DECLARE(isa)           \
+  namespace isa {                        \
   extern const KernelTable kernel_table; \
   }
 

@@ -50,9 +50,7 @@ int64_t TensorInfo::numel() const {
   return n;
 }
 
-bool same_shape(const TensorInfo& a, const TensorInfo& b) {
-  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
-}
+bool same_shape(const TensorInfo& a, const TensorInfo& b) { return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape); }
 
 bool same_strides(const TensorInfo& a, const TensorInfo& b) {
   for (int32_t d = 0; d < a.ndim; ++d)

@@ -140,9 +140,7 @@ def _extension(report: Report, torch: Any) -> Any:
 
 
 def _choice(report: Report, torch: Any, extension: Any) -> None:
-    section: dict[str, Any] = {
-        name: os.environ.get(name, "") or "not set" for name in ("FUSED_OPT_BACKEND", "FUSED_OPT_CPU_ISA")
-    }
+    section: dict[str, Any] = {name: os.environ.get(name, "") or "not set" for name in ("FUSED_OPT_BACKEND", "FUSED_OPT_CPU_ISA")}
     report.sections["Choice"] = section
     try:
         chosen = native()
@@ -179,8 +177,8 @@ def _openmp(report: Report) -> None:
     if len(found) > 1:
         report.problem(
             f"{len(found)} OpenMP libraries are loaded, each with threads of its own: {', '.join(found)}",
-            "use a torch that brings its copy as libgomp.so.1, which the extension then shares; until then steps are "
-            "correct, but each library keeps threads of its own, which may disturb each other",
+            "steps are correct, but the threads of one may disturb the other's; import torch before the package that brings "
+            "the one that is not torch's, and set LD_PRELOAD to torch's if that does not help",
         )
 
 
@@ -239,7 +237,7 @@ def _try_optimizer(report: Report, torch: Any, name: str, options: dict[str, Any
             difference = " ".join(str(error).split())
             report.problem(
                 f"{name}, {key} after {STEPS} steps by {row.path}: not what torch's for-loop computes: {difference}",
-                "do not train with it; set FUSED_OPT_BACKEND=torch, run `fused-opt parity`, and report its output",
+                "train with FUSED_OPT_BACKEND=torch, and report this with the output of `fused-opt parity`",
             )
             return f"{row.path} ({row.reason}); WRONG: {key} differs from torch's"
     return f"{row.path} ({row.reason}); {STEPS} steps agree with torch's for-loop"

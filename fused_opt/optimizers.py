@@ -24,7 +24,7 @@ class AdamW(FusedStep, torch.optim.AdamW):
     Arguments, defaults, errors, `param_groups` and `state` are torch's: see `torch.optim.AdamW`.
     """
 
-    _rule = rules.ADAM
+    _rule = rules.ADAMW
     _torch_class = torch.optim.AdamW
 
 

@@ -1,7 +1,7 @@
 """What each update rule needs for a step, as data: its states, its flags and its scalars.
 
-The arithmetic itself is written once per backend (CPU: csrc/kernels/rules.h). Every scalar is computed here, in Python's float64, and handed
-to the backend, which rounds it once to the parameter's precision; so all backends compute with the same numbers.
+The arithmetic itself is written once per backend (CPU: csrc/kernels/rules.h). Every scalar is computed here, in Python's float64, and
+handed to the backend, which rounds it once to the parameter's precision; so all backends compute with the same numbers.
 """
 
 from __future__ import annotations
@@ -46,9 +46,17 @@ def _adam_slots(group: Group) -> tuple[str, ...]:
 
 
 def _adam_program(group: Group, step: float, fresh: bool) -> Program:
+    # torch before 2.7 has no such option, and in AdamW it cannot be switched off.
+    return _any_adam_program(group, step, decoupled=group.get("decoupled_weight_decay", False))
+
+
+def _adamw_program(group: Group, step: float, fresh: bool) -> Program:
+    return _any_adam_program(group, step, decoupled=True)
+
+
+def _any_adam_program(group: Group, step: float, decoupled: bool) -> Program:
     lr, weight_decay, (beta1, beta2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
     beta1, beta2 = float(beta1), float(beta2)
-    decoupled = group["decoupled_weight_decay"]
     flags = AMSGRAD * bool(group["amsgrad"]) + ADAM_L2 * (weight_decay != 0 and not decoupled)
     return flags, (
         -1.0 if group["maximize"] else 1.0,
@@ -87,5 +95,6 @@ def _sgd_program(group: Group, step: float, fresh: bool) -> Program:
 
 
 ADAM = Rule("adam", "step", _adam_slots, _adam_program)
+ADAMW = Rule("adam", "step", _adam_slots, _adamw_program)
 RMSPROP = Rule("rmsprop", "step", _rmsprop_slots, _rmsprop_program)
 SGD = Rule("sgd", "", _sgd_slots, _sgd_program, zero_states=False)

@@ -21,7 +21,8 @@ from fused_opt.rules import Group, Program, Rule
 class FusedStep(torch.optim.Optimizer):
     """Mixed into a torch optimizer, replaces its step by one native call for each param group.
 
-    Parameters that the native code does not serve are stepped by torch's own code on the same state; `fused_opt.explain` says which and why.
+    Parameters that the native code does not serve are stepped by torch's own code on the same state; `fused_opt.explain` says which,
+    and why.
     """
 
     _rule: ClassVar[Rule]

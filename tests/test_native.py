@@ -103,7 +103,7 @@ print(fused_opt.explain(optimizer))
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd=TESTS, check=False)
 
 
 def test_without_the_extension_the_classes_are_torchs() -> None:

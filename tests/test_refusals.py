@@ -159,7 +159,9 @@ def test_what_the_kernels_do_not_serve_is_stepped_by_torch(name: str, reason: st
     for module, options in ((fused_opt, {"fused": name != "RMSprop"}), (torch.optim, {"foreach": False})):
         if name == "RMSprop":
             options.pop("fused", None)
-        odd = torch.nn.Parameter(value.detach().clone(memory_format=torch.preserve_format) if "negated" not in reason or set_grad else value)
+        odd = torch.nn.Parameter(
+            value.detach().clone(memory_format=torch.preserve_format) if "negated" not in reason or set_grad else value
+        )
         if "gaps" in reason:
             odd = torch.nn.Parameter(value.clone().new_zeros(4, 6)[:, ::2])
             odd.data.copy_(value)
@@ -216,7 +218,10 @@ def test_explain_changes_nothing_and_tells_each_path() -> None:
     params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))]
     optimizer = fused_opt.AdamW(params)
     explanation = fused_opt.explain(optimizer)
-    assert [(row.path.split("-")[0], row.dtype, row.elements) for row in explanation.rows] == [("cpu", "float32", 3), ("torch", "bfloat16", 4)]
+    assert [(row.path.split("-")[0], row.dtype, row.elements) for row in explanation.rows] == [
+        ("cpu", "float32", 3),
+        ("torch", "bfloat16", 4),
+    ]
     assert "8 bytes a value" in explanation.rows[0].states
     assert "neither float32 nor float64" in str(explanation)
     assert len(optimizer.state) == 0

@@ -59,7 +59,7 @@ def bodies(kernels: list[Kernel], instructions: list[tuple[int, str]]) -> dict[K
 def test_every_kernel_uses_whole_registers(isa: str, disassembly) -> None:
     kernels, instructions = disassembly
     checked = 0
-    for (name, rule, flags, size, address), body in bodies(kernels, instructions).items():
+    for (name, rule, flags, size, _), body in bodies(kernels, instructions).items():
         if name != isa:
             continue
         checked += 1

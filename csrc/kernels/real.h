@@ -25,12 +25,9 @@ struct Lerp {
   T coefficient;
   bool from_end;
 
-  explicit Lerp(T weight)
-      : coefficient(weight < T(0.5) ? weight : weight - T(1)), from_end(!(weight < T(0.5))) {}
+  explicit Lerp(T weight) : coefficient(weight < T(0.5) ? weight : weight - T(1)), from_end(!(weight < T(0.5))) {}
 
-  T operator()(T start, T end) const {
-    return fma(coefficient, end - start, from_end ? end : start);
-  }
+  T operator()(T start, T end) const { return fma(coefficient, end - start, from_end ? end : start); }
 };
 
 }  // namespace

@@ -8,8 +8,8 @@
 // (L2 decay: g + 0*p is not g where p is infinite). Flag bits and scalar order are the contract with fused_opt/rules.py; a test compares.
 #pragma once
 
-#include "real.h"
 #include "../request.h"
+#include "real.h"
 
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {

@@ -26,7 +26,7 @@ constexpr const KernelsByDtype* kernels = Kernels<Rule, std::make_integer_sequen
 #define FUSED_OPT_NAME(x) FUSED_OPT_QUOTE(x)
 
 extern const KernelTable kernel_table;
-const KernelTable kernel_table = {FUSED_OPT_NAME(FUSED_OPT_ISA), kernels<Adam, adam::kFlagCombinations>, kernels<RMSprop, rmsprop::kFlagCombinations>,
-                                  kernels<SGD, sgd::kFlagCombinations>};
+const KernelTable kernel_table = {FUSED_OPT_NAME(FUSED_OPT_ISA), kernels<Adam, adam::kFlagCombinations>,
+                                  kernels<RMSprop, rmsprop::kFlagCombinations>, kernels<SGD, sgd::kFlagCombinations>};
 
 }  // namespace fused_opt::FUSED_OPT_ISA

@@ -12,10 +12,16 @@
 
 #include "request.h"
 
-namespace fused_opt::scalar { extern const KernelTable kernel_table; }
+namespace fused_opt::scalar {
+extern const KernelTable kernel_table;
+}
 #if defined(__x86_64__)
-namespace fused_opt::avx2 { extern const KernelTable kernel_table; }
-namespace fused_opt::avx512 { extern const KernelTable kernel_table; }
+namespace fused_opt::avx2 {
+extern const KernelTable kernel_table;
+}
+namespace fused_opt::avx512 {
+extern const KernelTable kernel_table;
+}
 #endif
 
 namespace {
@@ -27,7 +33,7 @@ constexpr int64_t kMaxLength = 4099;
 constexpr int64_t kGuard = 32;  // elements after the last that must stay as they are
 constexpr int kSteps = 4;
 constexpr int kArrays = 1 + kMaxStates;  // param and the states, used or not
-constexpr int kLayouts = 3;  // every base pointer at a 64-byte boundary, every one an element past it, each elsewhere
+constexpr int kLayouts = 3;              // every base pointer at a 64-byte boundary, every one an element past it, each elsewhere
 
 struct Isa {
   const char* name;
@@ -77,7 +83,7 @@ void sgd_scalars(int step, double* s) {
 
 struct Rule {
   const char* name;
-  const KernelsByDtype* KernelTable::*kernels;
+  const KernelsByDtype* KernelTable::* kernels;
   unsigned flag_combinations;
   void (*scalars)(int step, double* s);
 } constexpr kRules[] = {
@@ -189,8 +195,8 @@ int main(int argc, char** argv) {
   }
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq");
   printf("CPU has avx2 and fma: %s, avx512 f, vl, bw and dq: %s; ", avx2 ? "yes" : "no", avx512 ? "yes" : "no");
 #endif
   printf("running:");
