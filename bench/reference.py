@@ -23,7 +23,7 @@ from fused_opt.bench.cases import Case
 VECTORS = 64
 
 
-class IeeeSqrt(TorchDispatchMode):
+class IeeeSqrt(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base class
     """Within this context aten::sqrt of CPU float tensors is correctly rounded (numpy's is)."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,7 +58,7 @@ def reference_steps(case: Case, params: Sequence[torch.Tensor], grads: Sequence[
     copies = [torch.nn.Parameter(_pad(p)) for p in params]
     fused = {} if case.optimizer == "RMSprop" else {"fused": True}
     optimizer = getattr(torch.optim, case.optimizer)(copies, **case.options, **fused)
-    with _one_thread(), contextlib.nullcontext() if fused else IeeeSqrt():
+    with _one_thread(), contextlib.nullcontext() if fused else IeeeSqrt():  # type: ignore[no-untyped-call]
         for step_grads in grads:
             for copy, grad in zip(copies, step_grads, strict=True):
                 copy.grad = _pad(grad)

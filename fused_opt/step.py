@@ -34,7 +34,7 @@ class FusedStep(torch.optim.Optimizer):
         if "_torch_class" in cls.__dict__:
             cls.__init__ = _with_complete_errors(cls._torch_class.__init__)  # type: ignore[method-assign]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
         Args:
@@ -247,13 +247,15 @@ def _only_declined(optimizer: FusedStep, groups: list[GroupPlan]) -> Iterator[No
     if all(group.batch is None for group in groups):
         yield
         return
-    original, amp = optimizer.param_groups, {k: optimizer.__dict__.pop(k) for k in ("found_inf", "grad_scale") if k in optimizer.__dict__}
+    attributes: dict[str, Any] = optimizer.__dict__
+    original = optimizer.param_groups
+    amp = {name: attributes.pop(name) for name in ("found_inf", "grad_scale") if name in attributes}  # dealt with already
     optimizer.param_groups = [{**g.group, "params": params, **options} for g in groups for params, options in _torch_share(g)]
     try:
         yield
     finally:
         optimizer.param_groups = original
-        optimizer.__dict__.update(amp)
+        attributes.update(amp)
 
 
 def _torch_share(plan: GroupPlan) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
