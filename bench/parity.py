@@ -30,8 +30,8 @@ HELP = "step every optimizer with every option and compare all bits with torch's
 OPTIMIZERS = list(dict.fromkeys(case.optimizer for case in CASES))
 DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
-# No element, one, less than a vector, whole vectors, vectors and a tail; together enough for 12 threads of 8192
-# elements. The two-dimensional ones are transposed: dense, but not contiguous.
+# No element, one, less than a vector, whole vectors, vectors and a tail; together enough for three threads, of which
+# each takes 32,768 elements at least. The two-dimensional ones are transposed: dense, but not contiguous.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (0, 3), (8, 8), (31, 33), (10, 10, 10), (4099,), (100003,))
 
 # Gradients repeat after this many steps, so that many steps need little memory.
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=whole_number(1, 1024),
         metavar="N",
-        help="our numbers of threads (default: torch's)",
+        help="our numbers of threads; more than the tensors are worth are not used (default: torch's)",
         **several,
     )
     parser.add_argument("--isa", metavar="NAME", help="instruction sets, or all that this CPU has (default: the one in use)", **several)
@@ -123,14 +123,13 @@ def compare(case: Case, dtype: str, steps: int, isas: Sequence[str], threads: Se
     values, grads = _problem(DTYPE_OF[dtype], steps)
     reference = reference_steps(case, values, grads)
     default = getattr(torch.optim, case.optimizer)(_parameters(values), **case.options, foreach=False)
-    for_loop = _result(default, grads)
+    for_loop, _ = _steps(default, grads)
     rows = []
     for isa in isas:
         for count in threads:
             with _instruction_set(isa), measure.threads(count):
                 optimizer = getattr(fused_opt, case.optimizer)(_parameters(values), **case.options)
-                ran = _witness(optimizer)
-                ours = _result(optimizer, grads)
+                ours, ran = _steps(optimizer, grads)
                 paths = {row.path for row in fused_opt.explain(optimizer).rows}
             paths |= {f"cpu-{step.isa}" if step else "torch" for step in ran}
             if paths != {f"cpu-{isa}"}:
@@ -145,25 +144,17 @@ def _parameters(values: list[torch.Tensor]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(value.clone()) for value in values]
 
 
-def _result(optimizer: torch.optim.Optimizer, grads: list[list[torch.Tensor]]) -> Result:
+def _steps(optimizer: Any, grads: list[list[torch.Tensor]]) -> tuple[Result, list[Any]]:
+    """Step through `grads`. Returns the result, and what our code says it did in each step: None if it did not run."""
     params = optimizer.param_groups[0]["params"]
+    ran = []
     for step_grads in grads:
         for param, grad in zip(params, step_grads, strict=True):
             param.grad = grad
-        optimizer.step()
-    return [{"param": param.detach(), **optimizer.state[param]} for param in params]
-
-
-def _witness(optimizer: Any) -> list[Any]:
-    """A list to which every step adds what the native code says that it did, or None if no native code ran."""
-    ran: list[Any] = []
-
-    def note(*_: object) -> None:
-        ran.append(optimizer._last_ran)
         optimizer._last_ran = None
-
-    optimizer.register_step_post_hook(note)
-    return ran
+        optimizer.step()
+        ran.append(optimizer._last_ran)
+    return [{"param": param.detach(), **optimizer.state[param]} for param in params], ran
 
 
 @functools.lru_cache(maxsize=1)  # cases of one dtype follow each other

@@ -19,7 +19,7 @@ from fused_opt.bench.workloads import WORKLOADS, Workload
 
 HELP = "time steps against torch's fused, foreach and for-loop implementations"
 
-QUICK = measure.Effort(budget=1.2, least=5, most=60)
+QUICK = measure.Effort(budget=1.0, least=5, most=60)
 FULL = measure.Effort(budget=10.0, least=10, most=300)
 QUICK_WORKLOADS = [name for name in WORKLOADS if name != "large"]
 QUICK_CONFIGURATIONS = ["adamw", "sgd-momentum", "rmsprop"]

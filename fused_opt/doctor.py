@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
 import re
+import signal
+import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ HELP = "show what this installation uses and why, and what is wrong with it"
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {"Adam": {}, "AdamW": {}, "RMSprop": {}, "SGD": {"momentum": 0.9}}
 
-# The smoke step's parameter: two shares of work and a tail, so that threads and the ends of vectors are tried too.
-ELEMENTS = 20_001
+# Of the parameter to try the step on: enough for three threads (32,768 each), and a tail that fills no vector.
+ELEMENTS = 100_001
 STEPS = 3
 
 # Room for the longest label.
@@ -35,8 +37,6 @@ LABEL_WIDTH = 20
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong, and what to do about it."""
-
     what: str
     remedy: str
 
@@ -51,13 +51,15 @@ class Report:
     def problem(self, what: str, remedy: str) -> None:
         self.problems.append(Problem(what, remedy))
 
-    def __str__(self) -> str:
-        lines = []
-        for title, entries in self.sections.items():
-            lines += [title, *(f"  {label:{LABEL_WIDTH}}{_text(value)}" for label, value in entries.items()), ""]
+    def section(self, title: str) -> str:
+        """A section as text."""
+        return "\n".join([title, *(f"  {label:{LABEL_WIDTH}}{_text(v)}" for label, v in self.sections[title].items())])
+
+    def verdict(self) -> str:
+        """The problems as text."""
         if not self.problems:
-            return "\n".join([*lines, "No problem found."])
-        lines.append("1 problem:" if len(self.problems) == 1 else f"{len(self.problems)} problems:")
+            return "No problem found."
+        lines = ["1 problem:" if len(self.problems) == 1 else f"{len(self.problems)} problems:"]
         for number, problem in enumerate(self.problems, start=1):
             for start, text in ((f"  {number}. ", problem.what), ("     Remedy: ", problem.remedy)):
                 lines.append(textwrap.fill(text, 110, initial_indent=start, subsequent_indent=" " * 5))
@@ -75,24 +77,34 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 0, or 1 if something is wrong.
     """
-    report = examine()
-    print(report)
+    report = Report()
+    for title in examine(report):
+        print(report.section(title), end="\n\n", flush=True)  # at once: the next thing tried may end the process
+    print(report.verdict())
     if args.json:
         args.json.write_text(json.dumps({"ok": not report.problems, **asdict(report)}, indent=1) + "\n")
     return 1 if report.problems else 0
 
 
-def examine() -> Report:
-    """Look at everything. Loads torch and the extension into this process where that is possible; raises nothing."""
-    report = Report()
+def examine(report: Report) -> Iterator[str]:
+    """Look at everything, and yield the title of each section that is complete.
+
+    Loads torch and the extension into this process where that is possible; raises nothing.
+    """
     torch = _versions(report)  # torch first: the extension then uses the OpenMP library that torch has loaded
+    yield "Versions"
     extension = _extension(report, torch)
-    _choice(report, torch, extension)
+    yield "Extension fused_opt._cpu"
+    usable = _choice(report, torch, extension)
+    yield "Choice"
     _machine(report, torch)
+    yield "Machine"
     _openmp(report)
+    yield "OpenMP libraries in this process"
     _gpu(report, torch)
-    _optimizers(report, torch)
-    return report
+    yield "GPU"
+    _optimizers(report, torch if usable else None)
+    yield "fp32 parameters on the CPU"
 
 
 def _versions(report: Report) -> Any:
@@ -100,15 +112,16 @@ def _versions(report: Report) -> Any:
     try:
         with warnings.catch_warnings():  # torch warns where numpy is missing; the table says so too
             warnings.simplefilter("ignore")
-            torch = importlib.import_module("torch")
-        torch_version = f"{torch.__version__} ({Path(str(torch.__file__)).parent})"
+            module = importlib.import_module("torch")
+        found = f"{module.__version__} ({Path(str(module.__file__)).parent})"
+        torch = module
     except Exception as error:  # whatever a broken installation does
-        torch_version = f"cannot be imported: {_brief(error)}"
-        report.problem(f"torch {torch_version}", "install torch: https://pytorch.org/get-started/locally")
+        found = f"cannot be imported: {_brief(error)}"
+        report.problem(f"torch {found}", "install torch, or install it again: https://pytorch.org/get-started/locally")
     report.sections["Versions"] = {
         "fused_opt": f"{fused_opt.__version__} ({Path(fused_opt.__file__).parent})",
         "python": f"{platform.python_version()} ({sys.executable})",
-        "torch": torch_version,
+        "torch": found,
         **{name: _installed(name) for name in ("triton", "numpy", "rich", "matplotlib")},
     }
     return torch
@@ -118,6 +131,9 @@ def _extension(report: Report, torch: Any) -> Any:
     """The extension module, or None. Loaded here also where FUSED_OPT_BACKEND leaves it out."""
     section = report.sections["Extension fused_opt._cpu"] = {}
     try:
+        if name := _deadly("fused_opt._cpu"):
+            sys.modules["fused_opt._cpu"] = None  # type: ignore[assignment]  # so that nobody imports it after this
+            raise ImportError(f"loading it ends the process with {name}")
         module: Any = importlib.import_module("fused_opt._cpu")
         section["file"] = module.__file__
         section["built with"] = f"compiler version {module.compiler}"
@@ -139,20 +155,27 @@ def _extension(report: Report, torch: Any) -> Any:
     return module
 
 
-def _choice(report: Report, torch: Any, extension: Any) -> None:
-    section: dict[str, Any] = {name: os.environ.get(name, "") or "not set" for name in ("FUSED_OPT_BACKEND", "FUSED_OPT_CPU_ISA")}
+def _choice(report: Report, torch: Any, extension: Any) -> bool:
+    """Returns whether steps are possible."""
+    section: dict[str, Any] = {}
+    for name in ("FUSED_OPT_BACKEND", "FUSED_OPT_CPU_ISA"):
+        section[name] = os.environ.get(name, "") or "not set"
     report.sections["Choice"] = section
     try:
         chosen = native()
     except Exception as error:  # ValueError and RuntimeError by contract; this command must not fail on another either
         section["uses"] = "nothing: every step fails"
-        what, _, remedy = str(error).partition("; ")
-        report.problem(what, remedy or "unset the environment variable")
-        return
+        what, _, remedy = str(error).rpartition("; ")
+        report.problem(what or _brief(error), remedy)
+        return False
+    if torch is None:
+        section["uses"] = "nothing: torch cannot be imported"
+        return False
     section["uses"] = f"cpu-{chosen.isa}" if chosen.module else "torch's own step"
     section["why"] = chosen.why
-    if chosen.module is None and extension and torch and os.environ.get("FUSED_OPT_BACKEND") != "torch":
-        report.problem(chosen.why, "report this: the extension can be loaded, but fused_opt does not use it")
+    if chosen.module is None and extension and os.environ.get("FUSED_OPT_BACKEND") != "torch":
+        report.problem(chosen.why, "report this: the extension can be loaded, but not used")
+    return True
 
 
 def _machine(report: Report, torch: Any) -> None:
@@ -191,9 +214,8 @@ def _gpu(report: Report, torch: Any) -> None:
             warnings.simplefilter("always")
             available = torch.cuda.is_available()
             names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if available else []
-        section["torch built for"] = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
-        if not torch.version.cuda and not torch.version.hip:
-            section["torch built for"] = "CPU only"
+        cuda, hip = torch.version.cuda, torch.version.hip
+        section["torch built for"] = f"CUDA {cuda}" if cuda else f"HIP {hip}" if hip else "CPU only"
         section["devices"] = names or ", ".join(["none", *(str(warning.message).splitlines()[0] for warning in caught)])
     except Exception as error:  # a driver may fail in any way; nothing here depends on it
         section["devices"] = f"not known: {_brief(error)}"
@@ -201,15 +223,15 @@ def _gpu(report: Report, torch: Any) -> None:
 
 def _optimizers(report: Report, torch: Any) -> None:
     section = report.sections["fp32 parameters on the CPU"] = {}
-    for name, options in OPTIMIZERS.items() if torch else ():
+    if torch is None:
+        section["not tried"] = "no step is possible"
+        return
+    for name, options in OPTIMIZERS.items():
         try:
             section[name] = _try_optimizer(report, torch, name, options)
         except Exception as error:  # the point of trying
             section[name] = f"fails: {_brief(error)}"
-            if "FUSED_OPT_" not in str(error):  # else it is listed already
-                report.problem(f"{name}'s step fails: {_brief(error)}", "report this, with all of this output")
-    if not section:
-        section["not tried"] = "torch cannot be imported"
+            report.problem(f"{name}'s step fails: {_brief(error)}", "report this, with all of this output")
 
 
 def _try_optimizer(report: Report, torch: Any, name: str, options: dict[str, Any]) -> str:
@@ -248,8 +270,8 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _installed(package: str) -> str:
@@ -260,9 +282,18 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
+def _deadly(module: str) -> str:
+    """The signal that ends a process which imports `module` (a truncated file or a wrong CPU do that), or ""."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = [sys.executable, "-c", f"import {module}"]
+    status = subprocess.run(child, env=environment, capture_output=True, check=False).returncode
+    return signal.Signals(-status).name if status < 0 else ""
+
+
 def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _text(value: Any) -> str:
-    return ("\n" + " " * (LABEL_WIDTH + 2)).join(map(str, value)) if isinstance(value, list) else str(value)
+    lines = value if isinstance(value, list) else [value]
+    return ("\n" + " " * (LABEL_WIDTH + 2)).join(" ".join(str(line).split()) for line in lines)

@@ -43,7 +43,7 @@ def native() -> Native:
     if backend == "torch":
         return Native(None, "", "FUSED_OPT_BACKEND=torch", forced=False)
     try:
-        from fused_opt import _cpu  # type: ignore[attr-defined]
+        from fused_opt import _cpu
 
         _cpu.reader()  # looks torch's tensors up
     except Exception as error:  # a broken build must leave torch's own step usable, whatever is broken about it

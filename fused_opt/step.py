@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
@@ -16,6 +16,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fused_opt.errors import completed
 from fused_opt.native import Native, native
 from fused_opt.rules import Group, Program, Rule
+
+if TYPE_CHECKING:
+    from fused_opt import _cpu
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -27,7 +30,7 @@ class FusedStep(torch.optim.Optimizer):
 
     _rule: ClassVar[Rule]
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
-    _last_ran: Any = None  # fused_opt._cpu.Ran of the newest native call: for tests and reports, to prove which code ran
+    _last_ran: _cpu.Ran | None = None  # of the newest native call: for tests and reports, to prove which code ran
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -91,7 +94,7 @@ class GroupPlan:
     """A param group's part of the step: what the native code takes (`batch`), and what it does not."""
 
     group: Group
-    batch: Any  # fused_opt._cpu.Batch, or None if nothing of this group is native
+    batch: _cpu.Batch | None  # None if nothing of this group is native
     programs: Sequence[Program]  # one for each cohort of the batch
     declined: Sequence[tuple[int, str]]  # index in group["params"], reason
 
@@ -117,24 +120,24 @@ class Plan:
         _torch_step(self.optimizer, self.groups)
         for group in self.groups:
             if group.batch is not None:
-                self._run_native(group)
+                self._run_native(group.group, group.batch, group.programs)
 
-    def _run_native(self, plan: GroupPlan) -> None:
-        batch, params = plan.batch, plan.group["params"]
+    def _run_native(self, group: Group, batch: _cpu.Batch, programs: Sequence[Program]) -> None:
+        params = group["params"]
         if not batch.shares_memory():
-            self._run_batch(plan.group, batch, params, plan.programs)
+            self._run_batch(group, batch, params, programs)
             return
         # A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop.
         rule, state = self.optimizer._rule, self.optimizer.state
         stateless = set(batch.missing)
         for i in batch.indices:
             if i in stateless and not rule.zero_states:  # torch decides which buffers are new before the first update
-                for slot in rule.slots(plan.group):
+                for slot in rule.slots(group):
                     state[params[i]].pop(slot, None)
             batch.gather([params[i]], state)
-            self._run_batch(plan.group, batch, [params[i]], _programs(rule, plan.group, batch))
+            self._run_batch(group, batch, [params[i]], _programs(rule, group, batch))
 
-    def _run_batch(self, group: Group, batch: Any, params: list[torch.Tensor], programs: Sequence[Program]) -> None:
+    def _run_batch(self, group: Group, batch: _cpu.Batch, params: list[torch.Tensor], programs: Sequence[Program]) -> None:
         rule = self.optimizer._rule
         if batch.missing:
             self._create_states(group, batch, params)
@@ -143,7 +146,7 @@ class Plan:
         increment_version(batch.written)
         batch.clear()
 
-    def _create_states(self, group: Group, batch: Any, params: list[torch.Tensor]) -> None:
+    def _create_states(self, group: Group, batch: _cpu.Batch, params: list[torch.Tensor]) -> None:
         state = self.optimizer.state
         stateless = [params[i] for i in batch.missing]
         new_states = [_new_state(self.optimizer._rule, group, param) for param in stateless]  # may run out of memory
@@ -194,16 +197,16 @@ def _why_not_native(backend: Native, group: Group) -> str:
     return ""
 
 
-def _batch(optimizer: FusedStep, backend: Native, index: int, slots: tuple[str, ...]) -> Any:
+def _batch(optimizer: FusedStep, backend: Native, index: int, slots: tuple[str, ...]) -> _cpu.Batch:
     """The group's Batch object, which keeps its memory and what it has verified from one step to the next."""
-    batches: dict[tuple[int, tuple[str, ...]], Any] = optimizer.__dict__.setdefault("_fused_batches", {})
+    batches: dict[tuple[int, tuple[str, ...]], _cpu.Batch] = optimizer.__dict__.setdefault("_fused_batches", {})
     batch = batches.get((index, slots))
     if batch is None:
         batch = batches[index, slots] = backend.module.Batch(slots, optimizer._rule.counter)
     return batch
 
 
-def _programs(rule: Rule, group: Group, batch: Any) -> list[Program]:
+def _programs(rule: Rule, group: Group, batch: _cpu.Batch) -> list[Program]:
     return [rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts]
 
 
@@ -255,7 +258,8 @@ def _only_declined(optimizer: FusedStep, groups: list[GroupPlan]) -> Iterator[No
         yield
     finally:
         optimizer.param_groups = original
-        attributes.update(amp)
+        for name, value in amp.items():
+            setattr(optimizer, name, value)
 
 
 def _torch_share(plan: GroupPlan) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:

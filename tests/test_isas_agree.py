@@ -11,7 +11,7 @@ import fused_opt
 from fused_opt.bench.cases import CASES, DTYPES, Case
 from helpers import ALL_ISAS, SUPPORTED_ISAS, assert_same_state, make_problem, ours, run_steps
 
-SHAPES = ((50_021,), (7,), (300, 101), (1,), (8192,))
+SHAPES = ((80_021,), (7,), (300, 101), (1,), (8192,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
