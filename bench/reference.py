@@ -30,7 +30,8 @@ class IeeeSqrt(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's b
         name = func.overloadpacket.__name__
         if name not in ("sqrt", "sqrt_"):
             return func(*args, **(kwargs or {}))
-        root = torch.from_numpy(np.sqrt(args[0].detach().numpy()))
+        with np.errstate(invalid="ignore"):  # centered RMSprop's variance may be negative: NaN, as in torch
+            root = torch.from_numpy(np.sqrt(args[0].detach().numpy()))
         return args[0].copy_(root) if name == "sqrt_" else root
 
 

@@ -37,6 +37,8 @@ LABEL_WIDTH = 20
 
 @dataclass(frozen=True)
 class Problem:
+    """Something wrong, and what to do about it."""
+
     what: str
     remedy: str
 
@@ -157,10 +159,8 @@ def _extension(report: Report, torch: Any) -> Any:
 
 def _choice(report: Report, torch: Any, extension: Any) -> bool:
     """Returns whether steps are possible."""
-    section: dict[str, Any] = {}
-    for name in ("FUSED_OPT_BACKEND", "FUSED_OPT_CPU_ISA"):
-        section[name] = os.environ.get(name, "") or "not set"
-    report.sections["Choice"] = section
+    variables = ("FUSED_OPT_BACKEND", "FUSED_OPT_CPU_ISA")
+    section = report.sections["Choice"] = {name: os.environ.get(name, "") or "not set" for name in variables}
     try:
         chosen = native()
     except Exception as error:  # ValueError and RuntimeError by contract; this command must not fail on another either
@@ -181,7 +181,7 @@ def _choice(report: Report, torch: Any, extension: Any) -> bool:
 def _machine(report: Report, torch: Any) -> None:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     report.sections["Machine"] = {
-        "CPU": _cpu_model(),
+        "CPU": cpu_model(),
         "cores": f"{os.cpu_count()}, of which this process may use {usable}",
         "threads": f"{torch.get_num_threads()} (torch.get_num_threads)" if torch else "not known without torch",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "") or "not set",
@@ -265,7 +265,8 @@ def _try_optimizer(report: Report, torch: Any, name: str, options: dict[str, Any
     return f"{row.path} ({row.reason}); {STEPS} steps agree with torch's for-loop"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The CPU's name as the system gives it, or at least its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -295,5 +296,5 @@ def _brief(error: Exception) -> str:
 
 
 def _text(value: Any) -> str:
-    lines = value if isinstance(value, list) else [value]
-    return ("\n" + " " * (LABEL_WIDTH + 2)).join(" ".join(str(line).split()) for line in lines)
+    lines = [" ".join(str(line).split()) for line in (value if isinstance(value, list) else [value])]
+    return ("\n" + " " * (LABEL_WIDTH + 2)).join(lines)

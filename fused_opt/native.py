@@ -40,9 +40,9 @@ def native() -> Native:
         raise ValueError(f"FUSED_OPT_BACKEND={backend!r} is not a backend; use one of {', '.join(BACKENDS)}, or unset it")
     if backend == "triton":
         raise RuntimeError("FUSED_OPT_BACKEND=triton: this version has no Triton backend; unset it, or use cpu or torch")
-    if backend == "torch":
-        return Native(None, "", "FUSED_OPT_BACKEND=torch", forced=False)
     try:
+        import torch  # noqa: F401  # before the extension, which then shares torch's copy of OpenMP
+
         from fused_opt import _cpu
 
         _cpu.reader()  # looks torch's tensors up
@@ -50,8 +50,10 @@ def native() -> Native:
         why = f"the extension fused_opt._cpu cannot be used: {type(error).__name__}: {error}"
         if backend == "cpu":
             raise RuntimeError(f"FUSED_OPT_BACKEND=cpu, but {why}; reinstall fused-opt, or unset it") from error
-        return Native(None, "", why, forced=False)
+        return Native(None, "", "FUSED_OPT_BACKEND=torch" if backend == "torch" else why, forced=False)
     isa, why = _choose_isa(dict(_cpu.isas()))
+    if backend == "torch":
+        return Native(None, "", "FUSED_OPT_BACKEND=torch", forced=False)
     return Native(_cpu, isa, why, forced=backend == "cpu")
 
 

@@ -1,0 +1,178 @@
+"""The command line, the README's example, and what the benchmark computes with."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_opt
+from fused_opt import rules
+from fused_opt.bench import ulp
+from fused_opt.bench.workloads import WORKLOADS
+from fused_opt.native import native
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+def command(*arguments: str, cwd: Path = TESTS) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "fused_opt", *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_readme_example_runs_and_explains_itself() -> None:
+    (code,) = re.findall(r"<!-- test -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=TESTS, check=False)
+    assert result.returncode == 0, result.stderr
+    loss, *explanation = result.stdout.splitlines()
+    assert float(loss) < 1
+    isa = native().isa
+    assert explanation[1].startswith(f"  group 0: 4 x float32 (1409 elements) by cpu-{isa}: ")
+    assert explanation[0] in (ROOT / "README.md").read_text()
+
+
+def test_help_and_version() -> None:
+    assert all(name in command("--help").stdout for name in ("bench", "parity", "doctor", "demo"))
+    assert command("--version").stdout.strip().endswith(fused_opt.__version__)
+    assert command().returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "gpt3"), "gpt3.*gpt2"),
+        (("bench", "--optimizer", "lion"), "lion.*adamw"),
+        (("bench", "--threads", "0"), "'0'.*from 1"),
+        (("parity", "--optimizer", "Lion"), "Lion.*AdamW"),
+        (("parity", "--steps", "0"), "0"),
+        (("demo", "--steps", "0"), "0"),
+        (("train",), "train"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    result = command(*arguments)
+    assert result.returncode == 2
+    assert re.search(message, result.stderr, re.DOTALL), result.stderr
+
+
+def test_bench_writes_what_it_measured(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    result = command("bench", "rl", "--optimizer", "adamw", "--json", str(file))
+    assert result.returncode == 0, result.stderr
+    assert "rl" in result.stdout
+    assert "adamw" in result.stdout.lower()
+    assert json.loads(file.read_text())
+
+
+def test_parity_holds_and_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "parity.json"
+    result = command("parity", "--optimizer", "SGD", "--steps", "2", "--json", str(file))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(file.read_text())
+
+
+PLANTED_ERROR = """
+import sys, torch
+from fused_opt import rules, cli
+import dataclasses
+from fused_opt.optimizers import SGD
+wrong = lambda group, step, fresh: (lambda flags, s: (flags, (*s[:-1], s[-1] * (1 + 1e-7))))(*rules._sgd_program(group, step, fresh))
+SGD._rule = dataclasses.replace(rules.SGD, program=wrong)
+sys.exit(cli.main(["parity", "--optimizer", "SGD", "--steps", "2"]))
+"""
+
+
+def test_parity_reports_a_planted_error() -> None:
+    result = subprocess.run([sys.executable, "-c", PLANTED_ERROR], capture_output=True, text=True, cwd=TESTS, check=False)
+    assert result.returncode == 1, result.stdout + result.stderr
+
+
+def test_demo_trains_both_and_draws(tmp_path: Path) -> None:
+    result = command("demo", "--steps", "4", "--batch-size", "2", "--json", str(tmp_path / "demo.json"), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "identical bit for bit" in result.stdout
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_doctor_finds_nothing_wrong_here(tmp_path: Path) -> None:
+    result = command("doctor", "--json", str(tmp_path / "doctor.json"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert native().isa in result.stdout
+    assert json.loads((tmp_path / "doctor.json").read_text())
+
+
+@pytest.mark.parametrize("missing", ["torch", "fused_opt._cpu"])
+def test_doctor_works_on_a_broken_installation(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from fused_opt import cli; sys.exit(cli.main(['doctor']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS, check=False)
+    assert result.returncode == 1
+    assert missing in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+def test_a_missing_extra_is_named_with_its_remedy(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from fused_opt import cli; sys.exit(cli.main(['demo', '--steps', '1']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS, check=False)
+    assert result.returncode == 2
+    assert missing in result.stderr
+    assert "fused-opt[bench]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [
+        ("gpt2", 148, 124_439_808),
+        ("resnet50", 161, 25_557_032),
+        ("mlp", 16, 526_336),
+        ("rl", 12, 2 * (17 * 64 + 64 + 64 * 64 + 64 + 64 * 6 + 6)),
+        ("tiny", 1000, 64_000),
+        ("single", 1, 65_536),
+        ("large", 1, 64 * 2**20),
+        ("lora", 256, 8_388_608),
+    ],
+)
+def test_workloads_have_their_models_shapes(name: str, tensors: int, elements: int) -> None:
+    workload = WORKLOADS[name]
+    assert (workload.tensors, workload.elements) == (tensors, elements)
+
+
+def test_ulp_distance() -> None:
+    one = torch.tensor([1.0, 1.0, -1.0, 0.0, float("nan"), 3.4028234663852886e38, -1e-45])
+    other = torch.tensor([1.0, 1 + 2**-23, -1 - 2**-22, -0.0, float("nan"), float("inf"), 1e-45])
+    assert ulp.distance(one, other).tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert ulp.max_ulp(one, other) == 2
+    assert not ulp.bits_equal(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert ulp.max_ulp(torch.tensor([1.0]), torch.tensor([float("nan")])) > 2**31
+    assert sum(ulp.histogram(one, other).values()) == 7
+
+
+def test_flags_and_scalars_are_those_of_the_kernels() -> None:
+    """fused_opt/rules.py against the enums of csrc/request.h."""
+    header = (ROOT / "csrc" / "request.h").read_text()
+    python = {
+        "adam": (rules.ADAM, {"kAmsgrad": rules.AMSGRAD, "kL2": rules.ADAM_L2}, torch.optim.Adam),
+        "rmsprop": (
+            rules.RMSPROP,
+            {"kCentered": rules.CENTERED, "kMomentum": rules.RMSPROP_MOMENTUM, "kL2": rules.RMSPROP_L2},
+            torch.optim.RMSprop,
+        ),
+        "sgd": (
+            rules.SGD,
+            {"kMomentum": rules.SGD_MOMENTUM, "kNesterov": rules.NESTEROV, "kFirst": rules.FIRST, "kL2": rules.SGD_L2},
+            torch.optim.SGD,
+        ),
+    }
+    for name, (rule, flags, torch_class) in python.items():
+        (block,) = re.findall(rf"namespace {name} {{(.*?)}}  // namespace", header, re.DOTALL)
+        (flag_text,) = re.findall(r"enum Flag : unsigned {(.*?)}", block, re.DOTALL)
+        assert {flag: int(value) for flag, value in re.findall(r"(k\w+) = (\d+)", flag_text)} == flags
+        (scalar_text,) = re.findall(r"enum Scalar {(.*?)}", block, re.DOTALL)
+        scalars = re.findall(r"k\w+", scalar_text)[:-1]
+        group = torch_class([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
+        assert len(rule.program(group, 1.0, False)[1]) == len(scalars)
