@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import fused_opt
+from fused_opt.doctor import cpu_model
 from fused_opt.native import native
 
 
@@ -31,16 +34,22 @@ def describe() -> dict[str, str | int]:
     }
 
 
-def cpu_model() -> str:
-    """The CPU's name as the system gives it, or at least its architecture."""
-    with_name = _first_line("/proc/cpuinfo", "model name")
-    return with_name or platform.processor() or platform.machine()
-
-
 def available_memory() -> int | None:
     """Bytes that can be allocated without swapping, or None where the system does not tell."""
-    line = _first_line("/proc/meminfo", "MemAvailable")
-    return int(line.split()[0]) * 1024 if line else None
+    return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes by which this process's resident memory grew at the most while `call` ran; None where the system does not tell."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else a temporary is made of what an earlier one left to the allocator, and does not show
+        Path("/proc/self/clear_refs").write_text("5")  # sets the recorded peak back to the present
+    except (AttributeError, OSError):
+        return None
+    before = _kilobytes("/proc/self/status", "VmHWM")
+    call()
+    after = _kilobytes("/proc/self/status", "VmHWM")
+    return None if before is None or after is None else after - before
 
 
 class OtherLoad:
@@ -69,9 +78,10 @@ class OtherLoad:
         return sum(seconds) - idle, sum(seconds), time.process_time()
 
 
-def _first_line(file: str, key: str) -> str:
+def _kilobytes(file: str, key: str) -> int | None:
+    """The value of a line like "MemAvailable:  123 kB", in bytes."""
     try:
         lines = Path(file).read_text().splitlines()
     except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

@@ -7,12 +7,12 @@ import functools
 import json
 import time
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fused_opt.arguments import whole_number, writable_file
 from fused_opt.bench import machine, measure, speed_report
 from fused_opt.bench.speed_row import CONFIGURATIONS, Row, Skipped, Tensors, measure_row
 from fused_opt.bench.workloads import WORKLOADS, Workload
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(CONFIGURATIONS)} (default: {', '.join(QUICK_CONFIGURATIONS)})",
     )
     parser.add_argument("--full", action="store_true", help="everything, with more rounds (10 to 20 minutes)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads for every implementation (default: torch's)")
-    parser.add_argument("--json", type=_writable, metavar="FILE", help="write everything measured to FILE")
+    parser.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="threads for every implementation (default: torch's)")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write everything measured to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -147,16 +147,3 @@ def _one_of(kind: str, names: Collection[str]) -> Callable[[str], str]:
         return name
 
     return check
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads; use a whole number from 1 up")
-    return int(text)
-
-
-def _writable(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write {text!r}; name a file in a folder that exists")
-    return path

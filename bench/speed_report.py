@@ -34,7 +34,7 @@ def table(rows: Sequence[Row | Skipped]) -> Table:
     result = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("workload", "optimizer"):
         result.add_column(name, no_wrap=True)
-    for name in ("ours ms", "torch ms", "speed-up", *TORCH, "GB/s", "of limit", "ULP"):
+    for name in ("ours ms", "torch ms", "speed-up", *TORCH, "GB/s", "of limit", "ULP", "MB"):
         result.add_column(name, justify="right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         cells = _cells(row) if isinstance(row, Row) else ["skipped"]
@@ -66,6 +66,7 @@ def notes(rows: Sequence[Row | Skipped], other_load: float | None) -> str:
     lines.append(
         f"ULP: largest difference of a parameter after {COMPARED_STEPS} steps from torch's fused step (RMSprop: from its for-loop)"
     )
+    lines.append("MB: by how much the process's memory grew during a step, ours / torch's fastest")
     return "\n".join(lines)
 
 
@@ -92,11 +93,16 @@ def _cells(row: Row) -> list[str]:
         f"{row.gb_per_s:.1f}",
         f"{row.share.median:.0%}" if row.share else "-",
         "NaN" if row.max_ulp == FAR else str(row.max_ulp),
+        f"{_megabytes(row.peak_bytes[OURS])} / {_megabytes(row.peak_bytes[fastest])}",
     ]
 
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.{3 if seconds < 0.01 else 1}f}"
+
+
+def _megabytes(size: int | None) -> str:
+    return "?" if size is None else f"{size / 1e6:.0f}"
 
 
 def _row_json(row: Row | Skipped) -> dict[str, Any]:
@@ -126,4 +132,5 @@ def _row_json(row: Row | Skipped) -> dict[str, Any]:
         "compared_with": row.compared_with,
         "compared_steps": COMPARED_STEPS,
         "left_out": row.left_out,
+        "peak_bytes": row.peak_bytes,
     }

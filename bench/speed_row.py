@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 import fused_opt
 from fused_opt.bench.cases import Case
-from fused_opt.bench.machine import available_memory
+from fused_opt.bench.machine import available_memory, peak_memory
 from fused_opt.bench.measure import Effort, Spread, Streaming, interleave, paired_ratios
 from fused_opt.bench.ulp import max_ulp
 from fused_opt.bench.workloads import Workload
@@ -55,6 +55,7 @@ class Row:
         max_ulp: the largest distance of a parameter of ours after `COMPARED_STEPS` steps.
         compared_with: torch's implementation that `max_ulp` refers to.
         left_out: implementations of torch that were not timed.
+        peak_bytes: implementation -> by how much the process grew at the most during a step; None where the system does not tell.
     """
 
     workload: Workload
@@ -65,7 +66,8 @@ class Row:
     limits: list[float]
     max_ulp: int
     compared_with: str
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[str]
+    peak_bytes: dict[str, int | None]
 
     @cached_property
     def seconds(self) -> dict[str, Spread]:
@@ -178,6 +180,7 @@ def measure_row(
         max_ulp=distance,
         compared_with=reference,
         left_out=[name for name in exist if name not in timed],
+        peak_bytes={name: peak_memory(step) for name, step in steps.items()},
     )
 
 

@@ -47,7 +47,7 @@ def test_help_and_version() -> None:
     [
         (("bench", "gpt3"), "gpt3.*gpt2"),
         (("bench", "--optimizer", "lion"), "lion.*adamw"),
-        (("bench", "--threads", "0"), "'0'.*from 1"),
+        (("bench", "--threads", "0"), "0 is out of range.*from 1"),
         (("parity", "--optimizer", "Lion"), "Lion.*AdamW"),
         (("parity", "--steps", "0"), "0"),
         (("demo", "--steps", "0"), "0"),
