@@ -36,7 +36,7 @@ def describe() -> dict[str, str | int]:
 
 def available_memory() -> int | None:
     """Bytes that can be allocated without swapping, or None where the system does not tell."""
-    return _kilobytes("/proc/meminfo", "MemAvailable")
+    return _size("/proc/meminfo", "MemAvailable")
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
@@ -46,9 +46,9 @@ def peak_memory(call: Callable[[], object]) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # sets the recorded peak back to the present
     except (AttributeError, OSError):
         return None
-    before = _kilobytes("/proc/self/status", "VmHWM")
+    before = _size("/proc/self/status", "VmHWM")
     call()
-    after = _kilobytes("/proc/self/status", "VmHWM")
+    after = _size("/proc/self/status", "VmHWM")
     return None if before is None or after is None else after - before
 
 
@@ -78,7 +78,7 @@ class OtherLoad:
         return sum(seconds) - idle, sum(seconds), time.process_time()
 
 
-def _kilobytes(file: str, key: str) -> int | None:
+def _size(file: str, key: str) -> int | None:
     """The value of a line like "MemAvailable:  123 kB", in bytes."""
     try:
         lines = Path(file).read_text().splitlines()

@@ -31,7 +31,7 @@ QUICK_LEAVES_OUT_FROM = 50_000_000
 QUICK_LEAVES_OUT = frozenset({"foreach", "for-loop"})
 
 # The table's width where the terminal is narrower, or is none: lines that wrap are better than columns cut off.
-WIDTH = 124
+WIDTH = 140
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
