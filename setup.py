@@ -24,22 +24,18 @@ CSRC = ROOT / "csrc"
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
 if os.environ.get("FUSED_OPT_WERROR"):  # for CI: a user's newer compiler may know more warnings
     COMMON_FLAGS.append("-Werror")
-# The arithmetic contract (csrc/kernels/rules.h): no contraction but the fma that is written. The other two flags allow vector code for
-# square roots and selects; they change no result.
-KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-ISA_FLAGS = {"scalar": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
-    ISA_FLAGS["avx512"] = [
-        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"),
-        "-mprefer-vector-width=512",
-    ]
+# Name -> flags: "all", and a line for each instruction set. See the file.
+KERNEL_FLAGS = {
+    name: flags.split()
+    for name, _, flags in (line.partition(":") for line in (CSRC / "kernels" / "flags.txt").read_text().splitlines() if line[0] != "#")
+}
+ISAS = ["scalar", "avx2", "avx512"] if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
 
 
 def write_ninja(build_dir: Path, library: Path) -> None:
     """Write build_dir/build.ninja, whose default target is the extension at `library`."""
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    compiler = (sysconfig.get_config_var("CXX") or "g++").split()[0]
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++"
     with (build_dir / "build.ninja").open("w") as file:
         ninja_file = Writer(file, width=120)
         ninja_file.variable("cxx", compiler)
@@ -55,8 +51,8 @@ def write_ninja(build_dir: Path, library: Path) -> None:
         for source in sorted(CSRC.glob("*.cpp")):
             target = f"{source.stem}.o"
             objects += ninja_file.build(target, "compile", str(source), variables={"flags": [*COMMON_FLAGS, *includes]})
-        for isa, isa_flags in ISA_FLAGS.items():
-            flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *isa_flags, f"-DFUSED_OPT_ISA={isa}"]
+        for isa in ISAS:
+            flags = [*COMMON_FLAGS, *KERNEL_FLAGS["all"], *KERNEL_FLAGS[isa], f"-DFUSED_OPT_ISA={isa}"]
             for source in sorted((CSRC / "kernels").glob("*.cpp")):
                 target = f"{source.stem}.{isa}.o"
                 objects += ninja_file.build(target, "compile", str(source), variables={"flags": flags})

@@ -43,11 +43,23 @@ class StateCursor {
   bool lost_ = false;
 };
 
+// For dense tensors of one size: exact coincidence is fine (each element is read before it is written), anything else is not.
+bool overlap_in_part(const TensorInfo& a, const TensorInfo& b) {
+  const auto begin_a = reinterpret_cast<uintptr_t>(a.data), begin_b = reinterpret_cast<uintptr_t>(b.data);
+  const uintptr_t distance = begin_a > begin_b ? begin_a - begin_b : begin_b - begin_a;
+  return distance != 0 && distance < static_cast<uintptr_t>(a.numel() * a.bits / 8);
+}
+
 std::string describe(const TensorInfo& t) {
   std::string text = "shape (";
   for (int32_t d = 0; d < t.ndim; ++d) text += (d ? ", " : "") + std::to_string(t.shape[d]);
   const char* kind = t.kind == 'f' ? "float" : t.kind == 'b' ? "bfloat" : t.kind == 'c' ? "complex" : "other";
   return text + "), dtype " + kind + std::to_string(t.bits);
+}
+
+[[noreturn]] void refuse_state(PyObject* slot, const TensorInfo& state, const TensorInfo& param) {
+  throw std::runtime_error("state '" + std::string(PyUnicode_AsUTF8(slot)) + "' has " + describe(state) + ", but its parameter has " +
+                           describe(param) + "; load a state_dict of the same model, or delete this state to start it afresh");
 }
 
 }  // namespace
@@ -83,7 +95,7 @@ bool Batch::is_negated(PyObject* tensor) const {
 }
 
 // Null if the parameter can be updated here, else why not.
-const char* Batch::classify(size_t index, PyObject* param, PyObject* grad, TensorInfo& p, Entry& entry) {
+const char* Batch::classify(PyObject* param, PyObject* grad, TensorInfo& p, Entry& entry) {
   TensorInfo g;
   if (!reader_.read(param, p)) return "the parameter is not a plain strided tensor";
   if (!p.on_cpu) return "the parameter is not on the CPU";
@@ -96,13 +108,11 @@ const char* Batch::classify(size_t index, PyObject* param, PyObject* grad, Tenso
     if (!same_shape(g, p)) return "the gradient's shape differs from the parameter's";
     if (!same_strides(g, p)) return "the gradient's strides differ from the parameter's";
   }
-  // Asking costs as much as reading (it drops the GIL), so a parameter is asked only when its memory is not where it was.
-  if (known_params_.size() <= index) known_params_.resize(index + 1);
-  if (known_params_[index] != p.data) {
-    if (is_negated(param)) return "the parameter is lazily negated";
-    known_params_[index] = p.data;
+  if (is_negated(param)) return "the parameter is lazily negated";
+  if (grad != param) {
+    if (is_negated(grad)) return "the gradient is lazily negated";
+    if (overlap_in_part(p, g)) return "the gradient overlaps the parameter's memory";
   }
-  if (grad != param && is_negated(grad)) return "the gradient is lazily negated";
   entry.run = {p.data, grad == param ? p.data : g.data, {}, p.numel()};
   entry.dtype = p.bits == 32 ? Dtype::kFloat32 : Dtype::kFloat64;
   return nullptr;
@@ -119,6 +129,17 @@ bool Batch::read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& 
   return true;
 }
 
+// For a parameter that torch will step: torch would notice a state of another shape only after it has stepped the parameters before it.
+void Batch::check_shapes(PyObject* param_state, const TensorInfo& p) const {
+  if (param_state == nullptr || p.data == nullptr) return;
+  for (PyObject* slot : layout_.slots) {
+    PyObject* const tensor = PyDict_GetItemWithError(param_state, slot);
+    if (tensor == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    TensorInfo s;
+    if (tensor != nullptr && reader_.read(tensor, s) && !same_shape(s, p)) refuse_state(slot, s, p);
+  }
+}
+
 // False if the states have an honest form that this code does not serve; throws if they are unusable.
 bool Batch::attach_states(size_t index, PyObject* param_state, const TensorInfo& p, bool fresh, Entry& entry, const char** because) {
   for (size_t k = 0; k < layout_.slots.size(); ++k) {
@@ -130,10 +151,7 @@ bool Batch::attach_states(size_t index, PyObject* param_state, const TensorInfo&
     }
     TensorInfo s;
     if (!read_state(index, k, tensor, s)) return *because = "a state is not a plain strided tensor", false;
-    if (!same_shape(s, p) || s.kind != p.kind || s.bits != p.bits)
-      throw std::runtime_error("state '" + std::string(PyUnicode_AsUTF8(layout_.slots[k])) + "' has " + describe(s) +
-                               ", but its parameter has " + describe(p) +
-                               "; load a state_dict of the same model, or delete this state to start it afresh");
+    if (!same_shape(s, p) || s.kind != p.kind || s.bits != p.bits) refuse_state(layout_.slots[k], s, p);
     if (!s.on_cpu) return *because = "a state is not on the CPU", false;
     if (!same_strides(s, p)) return *because = "a state's strides differ from the parameter's", false;
     entry.run.states[k] = s.data;
@@ -173,7 +191,8 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
 
     Missing candidate{i, {}, {}};
     Entry& entry = candidate.entry;
-    if (const char* because = classify(static_cast<size_t>(i), param, grad, candidate.param, entry)) {
+    if (const char* because = classify(param, grad, candidate.param, entry)) {
+      check_shapes(cursor.find(param), candidate.param);
       declined.emplace_back(i, because);
       continue;
     }
@@ -200,6 +219,8 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
     indices.push_back(i);
     entries.push_back(entry);
   }
+  const size_t positions = static_cast<size_t>(PyList_GET_SIZE(param_list)) * (layout_.slots.size() + 1);
+  if (small_states_.size() > positions) small_states_.resize(positions);
 } catch (...) {
   clear();
   throw;

@@ -72,9 +72,10 @@ class Batch {
   std::vector<PyObject*> written;   // states and counters of entries
 
  private:
-  const char* classify(size_t index, PyObject* param, PyObject* grad, TensorInfo& info, Entry& entry);
+  const char* classify(PyObject* param, PyObject* grad, TensorInfo& info, Entry& entry);
   bool is_negated(PyObject* tensor) const;
   bool attach_states(size_t index, PyObject* param_state, const TensorInfo& param, bool fresh, Entry& entry, const char** because);
+  void check_shapes(PyObject* param_state, const TensorInfo& param) const;
   bool read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& out);
   PyObject* hold(PyObject* object);
   int cohort(double step, bool fresh);
@@ -87,9 +88,8 @@ class Batch {
 
   const TensorReader& reader_;
   const Layout layout_;
-  std::vector<PyObject*> held_;            // a reference to every object whose memory is used, so that none is freed without the GIL
-  std::vector<const void*> known_params_;  // by index: memory of parameters known not to be lazily negated
-  std::vector<Hold> small_states_;         // by index and slot, the counter last; see kMaxHeldBytes
+  std::vector<PyObject*> held_;     // a reference to every object whose memory is used, so that none is freed without the GIL
+  std::vector<Hold> small_states_;  // by index and slot, the counter last; see kMaxHeldBytes
   std::vector<Range> ranges_, known_ranges_;
   bool known_to_share_ = false;
 };

@@ -74,13 +74,10 @@ py::list to_list(const std::vector<PyObject*>& objects) {
 
 using Programs = std::vector<std::pair<unsigned, std::vector<double>>>;  // flags and scalars, one pair a cohort
 
-// What a call did, as told by the code that did it: the instruction set is the name compiled into the kernels' own object file.
-struct Ran {
-  const char* isa;
-  int threads;
-};
-
-Ran run(Batch& batch, const std::string& rule_name, const Programs& programs, const std::string& isa_name, int max_threads) {
+// Returns what ran, as told by the code that did it: the instruction set is the name compiled into the kernels' own object file, and the
+// number of threads is OpenMP's own.
+std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, const Programs& programs, const std::string& isa_name,
+                                int max_threads) {
   const RuleInfo& rule = find_rule(rule_name);
   const Isa& isa = find_isa(isa_name);
   if (!isa.supported()) throw py::value_error("this CPU cannot run " + isa_name);
@@ -158,8 +155,6 @@ PYBIND11_MODULE(_cpu, m) {
         for (PyObject* object : self.written) list.append(py::handle(object));
         return list;
       });
-
-  py::class_<Ran>(m, "Ran").def_readonly("isa", &Ran::isa).def_readonly("threads", &Ran::threads);
 }
 
 }  // namespace fused_opt

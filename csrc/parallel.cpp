@@ -1,5 +1,9 @@
 #include "parallel.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include <algorithm>
 
 namespace fused_opt {
@@ -8,8 +12,9 @@ namespace {
 // Below this many elements a thread costs more than it saves: AdamW takes 16 us for them, and waking a thread that sleeps 5 to 50 us.
 constexpr int64_t kMinElementsPerThread = 32768;
 
-// Shares end at multiples of this many elements of a tensor, so that two threads never write the same cache line.
-constexpr int64_t kCacheLine = 16;
+// Shares end at multiples of this many elements of a tensor: a cache line of fp32, two of fp64. torch aligns new tensors to cache lines, so
+// two threads do not write to the same one.
+constexpr int64_t kShareUnit = 16;
 
 Run slice(const Task& task, int64_t begin, int64_t end) {
   const auto at = [&](const void* data) {
@@ -26,7 +31,7 @@ void run_share(const std::vector<Task>& tasks, int64_t begin, int64_t end) {
     const int64_t count = task.run.count;
     const auto local = [&](int64_t position) {
       const int64_t offset = std::clamp<int64_t>(position - start, 0, count);
-      return offset == count ? count : offset / kCacheLine * kCacheLine;
+      return offset == count ? count : offset / kShareUnit * kShareUnit;
     };
     const int64_t from = local(begin), to = local(end);
     if (from < to) task.kernel(task.scalars, slice(task, from, to));
@@ -45,9 +50,17 @@ int run_parallel(const std::vector<Task>& tasks, int max_threads) {
     run_share(tasks, 0, total);
     return 1;
   }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int t = 0; t < threads; ++t) run_share(tasks, total * t / threads, total * (t + 1) / threads);
-  return threads;
+  int used = 1;  // may be fewer than asked for: OMP_THREAD_LIMIT, or a parallel region around this one
+#pragma omp parallel num_threads(threads)
+  {
+#ifdef _OPENMP
+#pragma omp single
+    used = omp_get_num_threads();
+#endif
+#pragma omp for schedule(static, 1)
+    for (int t = 0; t < threads; ++t) run_share(tasks, total * t / threads, total * (t + 1) / threads);
+  }
+  return used;
 }
 
 }  // namespace fused_opt

@@ -38,6 +38,9 @@ struct DLPackExchangeAPI {
   void* current_work_stream;
 };
 
+// Some tensors are strided and have elements but no memory, such as those that torch knows to be all zero.
+bool has_memory(const TensorInfo& t) { return t.data != nullptr || t.numel() == 0; }
+
 constexpr uint32_t kDLPackMajor = 1;
 constexpr int32_t kDLCPU = 1;
 enum { kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
@@ -137,7 +140,7 @@ bool TensorReader::read(PyObject* tensor, TensorInfo& out) const {
   out.on_cpu = t.device_type == kDLCPU;
   out.kind = t.dtype_code == kDLFloat ? 'f' : t.dtype_code == kDLBfloat ? 'b' : t.dtype_code == kDLComplex ? 'c' : '?';
   out.bits = t.dtype_bits;
-  return true;
+  return has_memory(out);
 }
 
 bool TensorReader::read_by_methods(PyObject* object, TensorInfo& out) const {
@@ -157,7 +160,7 @@ bool TensorReader::read_by_methods(PyObject* object, TensorInfo& out) const {
     out.ndim = static_cast<int32_t>(out.owned_dims.size() / 2);
     out.shape = out.owned_dims.data();
     out.strides = out.owned_dims.data() + out.ndim;
-    return true;
+    return has_memory(out);
   } catch (const py::error_already_set&) {
     return false;
   }

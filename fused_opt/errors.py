@@ -20,6 +20,6 @@ _REMEDIES = (
 def completed(error: Exception) -> Exception:
     """An exception of the same type whose message ends with limit and remedy, or `error` itself if it is not one of those known."""
     for beginning, remedy in _REMEDIES:
-        if str(error).startswith(beginning):
+        if str(error).startswith(beginning) and remedy not in str(error):
             return type(error)(f"{error}; {remedy}")
     return error

@@ -80,8 +80,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
             key = (index, path, reason, dtype, _states(optimizer, group.group, param))
             alike[key] += 1
             elements[key] += param.numel()
-        if group.batch is not None:
-            group.batch.clear()
+    the_plan.release()
     rows = tuple(Row(*key, parameters=count, elements=elements[key]) for key, count in alike.items())
     return Explanation(type(optimizer).__name__, rows)
 
@@ -97,7 +96,7 @@ def _paths(the_plan: Plan, group: GroupPlan) -> Iterator[tuple[torch.Tensor, str
 
 def _states(optimizer: FusedStep, group: Group, param: torch.Tensor) -> str:
     existing = optimizer.state.get(param, {})
-    dtypes = {slot: existing[slot].dtype if slot in existing else param.dtype for slot in optimizer._rule.slots(group)}
+    dtypes = {slot: getattr(existing.get(slot), "dtype", param.dtype) for slot in optimizer._rule.slots(group)}
     described = [f"{slot} {str(dtype).removeprefix('torch.')}" for slot, dtype in dtypes.items()]
     size = sum(dtype.itemsize for dtype in dtypes.values())
     return f"{', '.join(described)} ({size} bytes a value)" if described else "none"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
     from fused_opt import _cpu
 
 
+State = dict[str, torch.Tensor]
+
+
+class Ran(NamedTuple):
+    """What a native call ran on."""
+
+    isa: str
+    threads: int
+
+
 class FusedStep(torch.optim.Optimizer):
     """Mixed into a torch optimizer, replaces its step by one native call for each param group.
 
@@ -30,12 +41,18 @@ class FusedStep(torch.optim.Optimizer):
 
     _rule: ClassVar[Rule]
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
-    _last_ran: _cpu.Ran | None = None  # of the newest native call: for tests and reports, to prove which code ran
+    _last_ran: Ran | None = None  # the newest native call: for tests and reports, to prove which code ran
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_torch_class" in cls.__dict__:
             cls.__init__ = _with_complete_errors(cls._torch_class.__init__)  # type: ignore[method-assign]
+
+    def add_param_group(self, param_group: Group) -> None:
+        try:
+            super().add_param_group(param_group)
+        except (TypeError, ValueError) as error:
+            raise completed(error) from None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -70,9 +87,15 @@ class FusedStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan(self).run()
+        the_plan = plan(self)
+        the_plan.run()
+        the_plan.release()
         return loss
 
+
+# Of each optimizer, by group index and states: what a step has allocated and verified, for the next one to use. Not an attribute of the
+# optimizer, whose copies and pickles must not have it.
+_batches: weakref.WeakKeyDictionary[FusedStep, dict[tuple[int, tuple[str, ...]], _cpu.Batch]] = weakref.WeakKeyDictionary()
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(FusedStep._step)
 _HOOKS_CODE = _step_with_hooks.__code__
@@ -94,6 +117,7 @@ class GroupPlan:
     """A param group's part of the step: what the native code takes (`batch`), and what it does not."""
 
     group: Group
+    slots: tuple[str, ...]
     batch: _cpu.Batch | None  # None if nothing of this group is native
     programs: Sequence[Program]  # one for each cohort of the batch
     declined: Sequence[tuple[int, str]]  # index in group["params"], reason
@@ -110,49 +134,56 @@ class Plan:
     def run(self) -> None:
         """Do it: unscale, then torch's share, then the native one."""
         attributes = self.optimizer.__dict__
-        if "found_inf" in attributes and any(group.batch is not None for group in self.groups):
+        native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
+        if "found_inf" in attributes and native_groups:
             # Set by GradScaler on optimizers made with fused=True, as torch's fused step expects them.
             found_inf, grad_scale = attributes["found_inf"], attributes.get("grad_scale")
             if found_inf is not None and found_inf.item():
                 return
             if grad_scale is not None:
                 _unscale(self.optimizer, grad_scale)
+        new_states = [self._new_states(group.group, batch) for group, batch in native_groups]  # may run out of memory
         _torch_step(self.optimizer, self.groups)
-        for group in self.groups:
-            if group.batch is not None:
-                self._run_native(group.group, group.batch, group.programs)
+        for (group, batch), states in zip(native_groups, new_states, strict=True):
+            if batch.shares_memory():
+                self._run_in_order(group.group, batch)
+            else:
+                self._run_batch(group.group, batch, group.programs, states)
 
-    def _run_native(self, group: Group, batch: _cpu.Batch, programs: Sequence[Program]) -> None:
-        params = group["params"]
-        if not batch.shares_memory():
-            self._run_batch(group, batch, params, programs)
-            return
-        # A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop.
-        rule, state = self.optimizer._rule, self.optimizer.state
+    def release(self) -> None:
+        """Drop every reference to tensors, and keep the batches for the next step."""
+        batches = {}
+        for index, group in enumerate(self.groups):
+            if group.batch is not None:
+                group.batch.clear()
+                batches[index, group.slots] = group.batch
+        _batches[self.optimizer] = batches
+
+    def _run_in_order(self, group: Group, batch: _cpu.Batch) -> None:
+        """A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop."""
+        rule, state, params = self.optimizer._rule, self.optimizer.state, group["params"]
         stateless = set(batch.missing)
         for i in batch.indices:
             if i in stateless and not rule.zero_states:  # torch decides which buffers are new before the first update
                 for slot in rule.slots(group):
                     state[params[i]].pop(slot, None)
             batch.gather([params[i]], state)
-            self._run_batch(group, batch, [params[i]], _programs(rule, group, batch))
+            only = {**group, "params": [params[i]]}
+            self._run_batch(only, batch, _programs(rule, group, batch), self._new_states(only, batch))
 
-    def _run_batch(self, group: Group, batch: _cpu.Batch, params: list[torch.Tensor], programs: Sequence[Program]) -> None:
+    def _run_batch(self, group: Group, batch: _cpu.Batch, programs: Sequence[Program], new_states: Sequence[State]) -> None:
         rule = self.optimizer._rule
-        if batch.missing:
-            self._create_states(group, batch, params)
+        if new_states:
+            for n, (i, new_state) in enumerate(zip(batch.missing, new_states, strict=True)):
+                state = self.optimizer.state[group["params"][i]]
+                state.update(new_state)
+                batch.adopt(n, state)
             programs = _programs(rule, group, batch)
-        self.optimizer._last_ran = batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads())
+        self.optimizer._last_ran = Ran(*batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads()))
         increment_version(batch.written)
-        batch.clear()
 
-    def _create_states(self, group: Group, batch: _cpu.Batch, params: list[torch.Tensor]) -> None:
-        state = self.optimizer.state
-        stateless = [params[i] for i in batch.missing]
-        new_states = [_new_state(self.optimizer._rule, group, param) for param in stateless]  # may run out of memory
-        for i, (param, new_state) in enumerate(zip(stateless, new_states, strict=True)):
-            state[param].update(new_state)
-            batch.adopt(i, state[param])
+    def _new_states(self, group: Group, batch: _cpu.Batch) -> list[State]:
+        return [_new_state(self.optimizer._rule, group, group["params"][i]) for i in batch.missing]
 
 
 def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
@@ -177,14 +208,17 @@ def _plan_group(optimizer: FusedStep, backend: Native, index: int, group: Group,
     reason = _why_not_native(backend, group)
     if reason:
         with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
-        return GroupPlan(group, None, (), [(i, reason) for i in with_grad])
+        return GroupPlan(group, (), None, (), [(i, reason) for i in with_grad])
     rule = optimizer._rule
-    batch = _batch(optimizer, backend, index, rule.slots(group))
-    batch.gather(params, optimizer.state, assume_grad)
+    slots = rule.slots(group)
+    # Taken out while in use: another thread, or explain(), must not find a batch whose kernels are running.
+    kept = _batches.get(optimizer, {}).pop((index, slots), None)
+    batch: _cpu.Batch = kept or backend.module.Batch(slots, rule.counter)
+    batch.gather(params if type(params) is list else list(params), optimizer.state, assume_grad)
     programs = _programs(rule, group, batch)
     if batch.missing:  # compute theirs too, to fail before anything is written
         rule.program(group, 1.0, True)
-    return GroupPlan(group, batch, programs, batch.declined)
+    return GroupPlan(group, slots, batch, programs, batch.declined)
 
 
 def _why_not_native(backend: Native, group: Group) -> str:
@@ -197,20 +231,11 @@ def _why_not_native(backend: Native, group: Group) -> str:
     return ""
 
 
-def _batch(optimizer: FusedStep, backend: Native, index: int, slots: tuple[str, ...]) -> _cpu.Batch:
-    """The group's Batch object, which keeps its memory and what it has verified from one step to the next."""
-    batches: dict[tuple[int, tuple[str, ...]], _cpu.Batch] = optimizer.__dict__.setdefault("_fused_batches", {})
-    batch = batches.get((index, slots))
-    if batch is None:
-        batch = batches[index, slots] = backend.module.Batch(slots, optimizer._rule.counter)
-    return batch
-
-
 def _programs(rule: Rule, group: Group, batch: _cpu.Batch) -> list[Program]:
     return [rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts]
 
 
-def _new_state(rule: Rule, group: Group, param: torch.Tensor) -> dict[str, torch.Tensor]:
+def _new_state(rule: Rule, group: Group, param: torch.Tensor) -> State:
     """States as torch's own step creates them for `param`'s first gradient."""
     state = {}
     if rule.counter:

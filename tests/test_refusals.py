@@ -138,6 +138,10 @@ def negated_grad(p: torch.nn.Parameter) -> None:
     p.grad = torch._neg_view(torch.arange(12.0).reshape(3, 4))
 
 
+def zero_grad_without_memory(p: torch.nn.Parameter) -> None:
+    p.grad = torch._efficientzerotensor((3, 4))
+
+
 LEFT_TO_TORCH: tuple[tuple[str, torch.Tensor, Callable[[torch.nn.Parameter], None] | None], ...] = (
     ("neither float32 nor float64", torch.ones(3, dtype=torch.bfloat16), None),
     ("neither float32 nor float64", torch.ones(3, dtype=torch.float16), None),
@@ -147,8 +151,18 @@ LEFT_TO_TORCH: tuple[tuple[str, torch.Tensor, Callable[[torch.nn.Parameter], Non
     ("gradient's strides", torch.ones(3, 4), expanded_grad),
     ("lazily negated", torch.ones(3, 4), negated_grad),
     ("lazily negated", torch._neg_view(torch.ones(3, 4)), None),
+    ("plain strided", torch.ones(3, 4), zero_grad_without_memory),
     ("plain strided", torch.ones(3, 4).as_subclass(type("Mine", (torch.Tensor,), {})), None),
 )
+
+
+def copy_as_it_is(value: torch.Tensor) -> torch.Tensor:
+    """With its gaps, its subclass and its lazy negation, which clone() would resolve."""
+    if value.is_neg():
+        return torch._neg_view(torch._neg_view(value).clone())
+    if not value.is_contiguous():
+        return value.new_zeros(4, 6)[:, ::2].copy_(value)
+    return value.clone()
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "SGD"])
@@ -159,12 +173,7 @@ def test_what_the_kernels_do_not_serve_is_stepped_by_torch(name: str, reason: st
     for module, options in ((fused_opt, {"fused": name != "RMSprop"}), (torch.optim, {"foreach": False})):
         if name == "RMSprop":
             options.pop("fused", None)
-        odd = torch.nn.Parameter(
-            value.detach().clone(memory_format=torch.preserve_format) if "negated" not in reason or set_grad else value
-        )
-        if "gaps" in reason:
-            odd = torch.nn.Parameter(value.clone().new_zeros(4, 6)[:, ::2])
-            odd.data.copy_(value)
+        odd = torch.nn.Parameter(copy_as_it_is(value))
         plain = torch.nn.Parameter(torch.ones(5))
         optimizer = getattr(module, name)([odd, plain], **options)
         for _ in range(3):
@@ -182,17 +191,13 @@ def test_what_the_kernels_do_not_serve_is_stepped_by_torch(name: str, reason: st
     torch.testing.assert_close(plain, torch_plain, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("option", ["differentiable", "capturable"])
-def test_options_of_torchs_own_step(option: str) -> None:
+def test_capturable_is_torchs_business_and_torch_refuses_it_on_the_cpu() -> None:
     param = torch.nn.Parameter(torch.ones(3))
-    optimizer = fused_opt.Adam([param], **{option: True})
+    optimizer = fused_opt.Adam([param], capturable=True)
     param.grad = torch.ones(3)
-    assert option in fused_opt.explain(optimizer).rows[0].reason
-    if option == "differentiable":
-        optimizer = fused_opt.Adam([param.clone().detach().requires_grad_()], differentiable=True)
-    else:  # torch has no capturable step on the CPU, and says so
-        with pytest.raises((AssertionError, RuntimeError), match="capturable"):
-            optimizer.step()
+    assert "capturable" in fused_opt.explain(optimizer).rows[0].reason
+    with pytest.raises((AssertionError, RuntimeError), match="capturable"):
+        optimizer.step()
 
 
 def test_differentiable_step_can_be_differentiated() -> None:
@@ -203,6 +208,8 @@ def test_differentiable_step_can_be_differentiated() -> None:
         optimizer = module.SGD([torch.zeros(1, requires_grad=True)], lr=0.5, differentiable=True)
         optimizer.param_groups[0]["params"] = [param]
         param.grad = start * 3
+        if module is fused_opt:
+            assert "differentiable" in fused_opt.explain(optimizer).rows[0].reason
         optimizer.step()
         param.sum().backward()
         grads.append(start.grad)
@@ -226,3 +233,65 @@ def test_explain_changes_nothing_and_tells_each_path() -> None:
     assert "neither float32 nor float64" in str(explanation)
     assert len(optimizer.state) == 0
     assert all(p.grad is None for p in params)
+
+
+def test_a_parameter_may_become_negated_where_it_is() -> None:
+    results = []
+    for module in (fused_opt, torch.optim):
+        param = torch.nn.Parameter(torch.ones(4))
+        optimizer = module.SGD([param], lr=0.5)
+        for _ in range(2):
+            param.grad = torch.ones(4)
+            optimizer.step()
+            param.data = torch._neg_view(param.data)
+        results.append(param.detach().resolve_neg())
+    assert_same_bits(*results)
+
+
+def test_a_gradient_that_overlaps_its_parameter_is_refused_as_in_torch() -> None:
+    for module in (fused_opt, torch.optim):
+        storage = torch.ones(65)
+        param = torch.nn.Parameter(storage[1:])
+        param.grad = storage[:64]
+        with pytest.raises(RuntimeError, match="memory"):
+            module.SGD([param]).step()
+        assert bool((storage == 1).all())
+
+
+def test_running_out_of_memory_for_new_states_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4).bfloat16())]
+    optimizer = fused_opt.AdamW([{"params": params[:1]}, {"params": params[1:]}])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    zeros_like = torch.zeros_like
+
+    def fail_for_the_second(tensor: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if tensor is params[1]:
+            raise MemoryError
+        return zeros_like(tensor, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", fail_for_the_second)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert all(bool((p == 1).all()) for p in params)
+    assert len(optimizer.state) == 0
+
+
+def test_a_bad_state_of_a_parameter_that_torch_steps_is_refused_before_the_first_write() -> None:
+    params = [torch.nn.Parameter(torch.ones(4).bfloat16()) for _ in range(2)]
+    optimizer = fused_opt.AdamW([{"params": params[:1]}, {"params": params[1:]}])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.state[params[1]]["exp_avg_sq"] = torch.zeros(5).bfloat16()
+    before = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match=r"'exp_avg_sq' has shape \(5\), dtype bfloat16"):
+        optimizer.step()
+    assert_same_bits(params[0], before)
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_add_param_group_names_the_remedy_once() -> None:
+    with pytest.raises(TypeError) as error:
+        fused_opt.SGD(PARAM).add_param_group({"params": [np.ones(3)]})
+    assert str(error.value).count("torch.nn.Parameter") == 1

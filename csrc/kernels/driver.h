@@ -21,7 +21,7 @@ void update(const double* scalars, const Run& run) {
   Stored* const s1 = static_cast<Stored*>(run.states[1]);
   Stored* const s2 = static_cast<Stored*>(run.states[2]);
 
-#pragma GCC ivdep  // arrays either coincide exactly or do not overlap, so no iteration depends on another
+#pragma GCC ivdep  // arrays either coincide exactly or do not overlap (Batch sees to it), so no iteration depends on another
   for (int64_t i = 0; i < run.count; ++i) {
     Real p = Codec::decode(param[i]);
     Real state[3];

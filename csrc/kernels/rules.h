@@ -5,7 +5,8 @@
 // (-ffp-contract=off). Scalars are computed by the caller in double and rounded once to T here.
 //
 // A flag is a compile-time option: it changes which states are touched, or it adds an operation that no constant can neutralise
-// (L2 decay: g + 0*p is not g where p is infinite). Flag bits and scalar order are the contract with fused_opt/rules.py; a test compares.
+// (L2 decay: g + 0*p is not g where p is infinite). Flag bits and scalar order are the contract with fused_opt/rules.py; a test compares
+// the flags and the number of scalars, and every test of bits their order.
 #pragma once
 
 #include "../request.h"

@@ -6,6 +6,7 @@
 set -euo pipefail
 
 fail() { echo "$0: $*" >&2; exit 2; }
+broken() { echo "$0: $*" >&2; exit 1; }
 need_command() { command -v "$1" >/dev/null || fail "missing command $1: install the Debian package $2"; }
 
 [ $# = 1 ] || fail "usage: $0 WORK_FOLDER"
@@ -21,19 +22,18 @@ mkdir -p "$1"
 cd "$1"
 
 common="-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
-kernel="$common -ffp-contract=off -fno-math-errno -fno-trapping-math -DFUSED_OPT_ISA=scalar"
+flags() { sed -n "s/^$1://p" "$csrc/kernels/flags.txt"; }
+kernel() { echo "$common $(flags all) $(flags "$1") -DFUSED_OPT_ISA=$1"; }
 for source in "$csrc"/*.cpp; do
   # Python's own headers are this machine's, whose word size and byte order are aarch64's too.
   aarch64-linux-gnu-g++ $common -fopenmp $includes -c "$source" -o "$(basename "$source" .cpp).aarch64.o"
 done
-aarch64-linux-gnu-g++ $kernel -c "$csrc/kernels/table.cpp" -o table.aarch64.o
-[ "$(aarch64-linux-gnu-objdump -d table.aarch64.o | grep -cE 'fmla.*\.4s|fsqrt.*\.4s')" -gt 20 ] || fail "the aarch64 kernels are not vector code"
+aarch64-linux-gnu-g++ $(kernel scalar) -c "$csrc/kernels/table.cpp" -o table.aarch64.o
+[ "$(aarch64-linux-gnu-objdump -d table.aarch64.o | grep -cE 'fmla.*\.4s|fsqrt.*\.4s')" -gt 20 ] || broken "the aarch64 kernels are not vector code"
 aarch64-linux-gnu-g++ -std=c++17 -O2 -static -I"$csrc" "$here/isa_bits.cpp" table.aarch64.o -o isa_bits.aarch64
 
 case $(uname -m) in x86_64) ;; *) fail "this machine's own bits are taken from an x86-64 build" ;; esac
-for isa in "scalar:" "avx2:-mavx2 -mfma" "avx512:-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma"; do
-  g++ ${kernel/ISA=scalar/ISA=${isa%%:*}} ${isa#*:} -c "$csrc/kernels/table.cpp" -o "table.${isa%%:*}.o"
-done
+for isa in scalar avx2 avx512; do g++ $(kernel $isa) -c "$csrc/kernels/table.cpp" -o table.$isa.o; done
 g++ -std=c++17 -O2 -static -I"$csrc" "$here/isa_bits.cpp" table.scalar.o table.avx2.o table.avx512.o -o isa_bits
 ./isa_bits scalar >native.txt
 qemu-aarch64 ./isa_bits.aarch64 scalar >emulated.txt || exit 1

@@ -2,13 +2,15 @@
 # Compares the bits of the scalar, AVX2 and AVX-512 kernels on a machine that need not have AVX-512: boots a Linux
 # kernel whose only program is isa_bits.cpp on an emulated Skylake-X (Bochs). Takes about 2 minutes of one core.
 #
-#   run.sh CHECKOUT WORK_FOLDER [KERNEL_IMAGE]      exit 0: identical bits; 1: some differ; 2: could not be tried
+#   avx512.sh CHECKOUT WORK_FOLDER [KERNEL_IMAGE]      exit 0: identical bits; 1: some differ; 2: could not be tried
 #
 # KERNEL_IMAGE is a Debian kernel (default: the newest /boot/vmlinuz-*); one that is not installed will do:
 #   apt-get download linux-image-6.1.0-NN-cloud-amd64 && dpkg -x linux-image-*.deb . # boot/vmlinuz-*
 set -euo pipefail
 
 fail() { echo "$0: $*" >&2; exit 2; }
+broken() { echo "$0: $*" >&2; exit 1; }
+flags() { sed -n "s/^$1://p" "$csrc/kernels/flags.txt"; }
 need() { [ -e "$1" ] || fail "missing $1: install the Debian package $2"; }
 need_command() { command -v "$1" >/dev/null || fail "missing command $1: install the Debian package $2"; }
 
@@ -38,18 +40,18 @@ cd "$2"
 compile() {
   local isa=$1
   shift
-  g++ -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden \
-    -DFUSED_OPT_ISA="$isa" "$@" -c "$csrc/kernels/table.cpp" -o "$isa.o"
+  g++ -std=c++17 -O3 -fPIC -fvisibility=hidden $(flags all) $(flags "$isa") -DFUSED_OPT_ISA="$isa" "$@" \
+    -c "$csrc/kernels/table.cpp" -o "$isa.o"
   objdump -d "$isa.o" | awk -v isa="$isa" '
     /^[0-9a-f]+ <.*update/ { kernel = $2; ++kernels }
     /%ymm/ { ymm[kernel] }
     /%zmm/ { zmm[kernel] }
     END { printf "%s.o: %d kernels, %d use ymm, %d use zmm registers\n", isa, kernels, length(ymm), length(zmm)
-          exit isa == "avx512" && (kernels == 0 || length(zmm) < kernels) }' || fail "not every $isa kernel is AVX-512"
+          exit isa == "avx512" && (kernels == 0 || length(zmm) < kernels) }' || broken "not every $isa kernel is AVX-512"
 }
 compile scalar
-compile avx2 -mavx2 -mfma
-compile avx512 -mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mprefer-vector-width=512 ${AVX512_EXTRA_FLAGS:-}
+compile avx2
+compile avx512 ${AVX512_EXTRA_FLAGS:-}
 g++ -std=c++17 -O2 -Wall -Wextra -static -I"$csrc" "$source" scalar.o avx2.o avx512.o -o isa_bits
 
 if grep -qw avx512f /proc/cpuinfo; then
@@ -58,7 +60,7 @@ if grep -qw avx512f /proc/cpuinfo; then
 else
   status=0
   (./isa_bits avx512; exit $?) >/dev/null 2>&1 || status=$?
-  [ $status = 132 ] || fail "the AVX-512 kernels should be illegal instructions here, but ended with status $status"
+  [ $status = 132 ] || broken "the AVX-512 kernels should be illegal instructions here, but ended with status $status"
   echo "this machine has no AVX-512: natively its kernels are illegal instructions (SIGILL), as they should be"
 fi
 
@@ -123,7 +125,7 @@ TERM=vt100 timeout --foreground -s KILL 1200 nice -n 10 bochs -q -f bochsrc -rc 
 tr -d '\r' <serial.txt >emulated.txt
 grep -E 'smpboot: CPU0|Enabled xstate|^CPU has|differ|^isa_bits ended' emulated.txt || true
 grep -q '^CPU has.* dq: yes; running: scalar avx2 avx512$' emulated.txt || fail "no start with AVX-512: see serial.txt"
-grep -q '^isa_bits ended: exit [01], signal 0$' emulated.txt || fail "no proper end: see serial.txt"
+grep -q '^isa_bits ended: exit [01], signal 0$' emulated.txt || broken "the kernels did not end properly: see serial.txt"
 grep -q ' compared, 0 differing$' emulated.txt || exit 1
 cmp <(grep -oE 'hash [0-9a-f]{16}' native.txt) <(grep -oE 'hash [0-9a-f]{16}' emulated.txt) || exit 1
 echo "all hashes are those that this machine's own arithmetic gives"
