@@ -76,7 +76,7 @@ def test_no_newer_instruction_outside_the_kernels_made_for_it(disassembly) -> No
     sections = sorted((min(k[-1] for k in kernels if k[0] == isa), isa) for isa in REGISTER)
     starts = [start for start, _ in sections]
     vex = re.compile(r"v")  # every AVX instruction, also on xmm registers, and none of the baseline that a compiler emits
-    evex = re.compile(r".*%(zmm|k[0-7]|[xy]mm(1[6-9]|2\d|3[01]))\b")
+    evex = re.compile(r".*%(zmm\d+|k[0-7]|[xy]mm(1[6-9]|2\d|3[01]))\b")
     counted = {"avx2": 0, "avx512": 0}
     for address, instruction in instructions:
         index = bisect_right(starts, address) - 1
