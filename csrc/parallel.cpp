@@ -50,17 +50,19 @@ int run_parallel(const std::vector<Task>& tasks, int max_threads) {
     run_share(tasks, 0, total);
     return 1;
   }
-  int used = 1;  // may be fewer than asked for: OMP_THREAD_LIMIT, or a parallel region around this one
+#ifdef _OPENMP
+  int used = 1;  // may become fewer than asked for: OMP_THREAD_LIMIT, or a parallel region around this one
 #pragma omp parallel num_threads(threads)
   {
-#ifdef _OPENMP
-#pragma omp single
-    used = omp_get_num_threads();
-#endif
-#pragma omp for schedule(static, 1)
-    for (int t = 0; t < threads; ++t) run_share(tasks, total * t / threads, total * (t + 1) / threads);
+    const int team = omp_get_num_threads(), t = omp_get_thread_num();
+    run_share(tasks, total * t / team, total * (t + 1) / team);
+    if (t == 0) used = team;
   }
   return used;
+#else
+  run_share(tasks, 0, total);
+  return 1;
+#endif
 }
 
 }  // namespace fused_opt

@@ -119,6 +119,7 @@ class GroupPlan:
     group: Group
     slots: tuple[str, ...]
     batch: _cpu.Batch | None  # None if nothing of this group is native
+    missing: Sequence[int]  # of the batch: index in group["params"] of those that have no states yet
     programs: Sequence[Program]  # one for each cohort of the batch
     declined: Sequence[tuple[int, str]]  # index in group["params"], reason
 
@@ -142,7 +143,7 @@ class Plan:
                 return
             if grad_scale is not None:
                 _unscale(self.optimizer, grad_scale)
-        new_states = [self._new_states(group.group, batch) for group, batch in native_groups]  # may run out of memory
+        new_states = [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
         _torch_step(self.optimizer, self.groups)
         for (group, batch), states in zip(native_groups, new_states, strict=True):
             if batch.shares_memory():
@@ -152,12 +153,12 @@ class Plan:
 
     def release(self) -> None:
         """Drop every reference to tensors, and keep the batches for the next step."""
-        batches = {}
+        kept = _batches.setdefault(self.optimizer, {})
+        kept.clear()  # of groups and states that are no longer
         for index, group in enumerate(self.groups):
             if group.batch is not None:
                 group.batch.clear()
-                batches[index, group.slots] = group.batch
-        _batches[self.optimizer] = batches
+                kept[index, group.slots] = group.batch
 
     def _run_in_order(self, group: Group, batch: _cpu.Batch) -> None:
         """A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop."""
@@ -169,7 +170,7 @@ class Plan:
                     state[params[i]].pop(slot, None)
             batch.gather([params[i]], state)
             only = {**group, "params": [params[i]]}
-            self._run_batch(only, batch, _programs(rule, group, batch), self._new_states(only, batch))
+            self._run_batch(only, batch, _programs(rule, group, batch), self._new_states(only, batch.missing))
 
     def _run_batch(self, group: Group, batch: _cpu.Batch, programs: Sequence[Program], new_states: Sequence[State]) -> None:
         rule = self.optimizer._rule
@@ -182,8 +183,8 @@ class Plan:
         self.optimizer._last_ran = Ran(*batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads()))
         increment_version(batch.written)
 
-    def _new_states(self, group: Group, batch: _cpu.Batch) -> list[State]:
-        return [_new_state(self.optimizer._rule, group, group["params"][i]) for i in batch.missing]
+    def _new_states(self, group: Group, missing: Sequence[int]) -> list[State]:
+        return [_new_state(self.optimizer._rule, group, group["params"][i]) for i in missing]
 
 
 def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
@@ -208,7 +209,7 @@ def _plan_group(optimizer: FusedStep, backend: Native, index: int, group: Group,
     reason = _why_not_native(backend, group)
     if reason:
         with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
-        return GroupPlan(group, (), None, (), [(i, reason) for i in with_grad])
+        return GroupPlan(group, (), None, (), (), [(i, reason) for i in with_grad])
     rule = optimizer._rule
     slots = rule.slots(group)
     # Taken out while in use: another thread, or explain(), must not find a batch whose kernels are running.
@@ -216,9 +217,10 @@ def _plan_group(optimizer: FusedStep, backend: Native, index: int, group: Group,
     batch: _cpu.Batch = kept or backend.module.Batch(slots, rule.counter)
     batch.gather(params if type(params) is list else list(params), optimizer.state, assume_grad)
     programs = _programs(rule, group, batch)
-    if batch.missing:  # compute theirs too, to fail before anything is written
+    missing = batch.missing
+    if missing:  # compute theirs too, to fail before anything is written
         rule.program(group, 1.0, True)
-    return GroupPlan(group, slots, batch, programs, batch.declined)
+    return GroupPlan(group, slots, batch, missing, programs, batch.declined)
 
 
 def _why_not_native(backend: Native, group: Group) -> str:
