@@ -57,6 +57,16 @@ std::string describe(const TensorInfo& t) {
   return text + "), dtype " + kind + std::to_string(t.bits);
 }
 
+[[noreturn]] void no_such_state(size_t index, PyObject* key) {
+  if (!PyErr_Occurred())
+    PyErr_Format(
+        PyExc_KeyError,
+        "parameter %zu of its group has no state %R; its option was switched on after the first step, or the state_dict is of another "
+        "optimizer: delete this parameter's state to start it afresh",
+        index, key);
+  throw py::error_already_set();
+}
+
 [[noreturn]] void refuse_state(PyObject* slot, const TensorInfo& state, const TensorInfo& param) {
   throw std::runtime_error("state '" + std::string(PyUnicode_AsUTF8(slot)) + "' has " + describe(state) + ", but its parameter has " +
                            describe(param) + "; load a state_dict of the same model, or delete this state to start it afresh");
@@ -144,11 +154,7 @@ void Batch::check_shapes(PyObject* param_state, const TensorInfo& p) const {
 bool Batch::attach_states(size_t index, PyObject* param_state, const TensorInfo& p, bool fresh, Entry& entry, const char** because) {
   for (size_t k = 0; k < layout_.slots.size(); ++k) {
     PyObject* const tensor = PyDict_GetItemWithError(param_state, layout_.slots[k]);
-    if (tensor == nullptr) {
-      if (PyErr_Occurred()) throw py::error_already_set();
-      PyErr_SetObject(PyExc_KeyError, layout_.slots[k]);
-      throw py::error_already_set();
-    }
+    if (tensor == nullptr) no_such_state(index, layout_.slots[k]);
     TensorInfo s;
     if (!read_state(index, k, tensor, s)) return *because = "a state is not a plain strided tensor", false;
     if (!same_shape(s, p) || s.kind != p.kind || s.bits != p.bits) refuse_state(layout_.slots[k], s, p);
@@ -161,11 +167,7 @@ bool Batch::attach_states(size_t index, PyObject* param_state, const TensorInfo&
   if (layout_.counter != nullptr) {
     PyObject* const tensor = PyDict_GetItemWithError(param_state, layout_.counter);
     TensorInfo c;
-    if (tensor == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    if (tensor == nullptr) {
-      PyErr_SetObject(PyExc_KeyError, layout_.counter);
-      throw py::error_already_set();
-    }
+    if (tensor == nullptr) no_such_state(index, layout_.counter);
     if (!read_state(index, layout_.slots.size(), tensor, c) || !c.on_cpu || c.kind != 'f' || c.bits < 32 || c.numel() != 1)
       return *because = "the step counter is not a one-element float32 or float64 tensor on the CPU", false;
     entry.counter = c.data;

@@ -12,6 +12,7 @@ _REMEDIES = (
     ("Invalid alpha value", "alpha must be 0 or greater; torch's default is 0.99"),
     ("Nesterov momentum requires", "pass momentum > 0 and dampening=0, or nesterov=False"),
     ("optimizer got an empty parameter list", "pass model.parameters(), and note that a generator can be used once"),
+    ("params argument given to the optimizer should be an iterable", "pass [tensor], or model.parameters()"),
     ("optimizer can only optimize Tensors", "make it one with torch.nn.Parameter(torch.as_tensor(value))"),
     ("can't optimize a non-leaf Tensor", "pass the tensor that it was computed from, or its .detach().requires_grad_()"),
 )

@@ -43,7 +43,8 @@ class Explanation:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.optimizer}: {sum(row.parameters for row in self.rows)} parameters"]
+        count = sum(row.parameters for row in self.rows)
+        lines = [f"{self.optimizer}: {count} parameter{'s' if count != 1 else ''}"]
         lines += [
             f"  group {row.group}: {row.parameters} x {row.dtype} ({row.elements} elements) by {row.path}: {row.reason}; "
             f"states: {row.states}"

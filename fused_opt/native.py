@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-BACKENDS = ("cpu", "triton", "torch")
+BACKENDS = ("cpu", "torch")
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ def native() -> Native:
         RuntimeError: one of them names something that this installation or machine cannot do.
     """
     backend = os.environ.get("FUSED_OPT_BACKEND", "")
-    if backend and backend not in BACKENDS:
-        raise ValueError(f"FUSED_OPT_BACKEND={backend!r} is not a backend; use one of {', '.join(BACKENDS)}, or unset it")
     if backend == "triton":
         raise RuntimeError("FUSED_OPT_BACKEND=triton: this version has no Triton backend; unset it, or use cpu or torch")
+    if backend and backend not in BACKENDS:
+        raise ValueError(f"FUSED_OPT_BACKEND={backend!r} is not a backend; use one of {', '.join(BACKENDS)}, or unset it")
     try:
         import torch  # noqa: F401  # before the extension, which then shares torch's copy of OpenMP
 
@@ -48,6 +49,8 @@ def native() -> Native:
         _cpu.reader()  # looks torch's tensors up
     except Exception as error:  # a broken build must leave torch's own step usable, whatever is broken about it
         why = f"the extension fused_opt._cpu cannot be used: {type(error).__name__}: {error}"
+        if (Path(__file__).parents[1] / "csrc").is_dir():
+            why += "; this is the source folder, which hides an installed package: run Python elsewhere, or pip install -e ."
         if backend == "cpu":
             raise RuntimeError(f"FUSED_OPT_BACKEND=cpu, but {why}; reinstall fused-opt, or unset it") from error
         return Native(None, "", "FUSED_OPT_BACKEND=torch" if backend == "torch" else why, forced=False)
@@ -58,7 +61,7 @@ def native() -> Native:
 
 
 def _choose_isa(supported: dict[str, bool]) -> tuple[str, str]:
-    forced = os.environ.get("FUSED_OPT_CPU_ISA", "")
+    forced = os.environ.get("FUSED_OPT_CPU_ISA", "").lower()
     if not forced:
         return [name for name, usable in supported.items() if usable][-1], "the widest that this CPU has"
     if forced not in supported:

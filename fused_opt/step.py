@@ -216,10 +216,14 @@ def _plan_group(optimizer: FusedStep, backend: Native, index: int, group: Group,
     kept = _batches.get(optimizer, {}).pop((index, slots), None)
     batch: _cpu.Batch = kept or backend.module.Batch(slots, rule.counter)
     batch.gather(params if type(params) is list else list(params), optimizer.state, assume_grad)
-    programs = _programs(rule, group, batch)
     missing = batch.missing
-    if missing:  # compute theirs too, to fail before anything is written
-        rule.program(group, 1.0, True)
+    try:
+        programs = _programs(rule, group, batch)
+        if missing:  # compute theirs too, to fail before anything is written
+            rule.program(group, 1.0, True)
+    except (TypeError, ValueError) as error:
+        options = {name: value for name, value in group.items() if name != "params"}
+        raise type(error)(f"param group {index} has an option of a value that cannot be used: {error}; its options are {options}") from None
     return GroupPlan(group, slots, batch, missing, programs, batch.declined)
 
 

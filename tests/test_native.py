@@ -43,7 +43,7 @@ def test_the_widest_supported_set_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     ("variable", "value", "error", "message"),
     [
         ("FUSED_OPT_CPU_ISA", "avx1024", ValueError, "avx1024.*scalar.*unset"),
-        ("FUSED_OPT_BACKEND", "gpu", ValueError, "gpu.*cpu, triton, torch"),
+        ("FUSED_OPT_BACKEND", "gpu", ValueError, "gpu.*cpu, torch"),
         ("FUSED_OPT_BACKEND", "triton", RuntimeError, "no Triton backend"),
     ],
 )
