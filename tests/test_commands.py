@@ -25,9 +25,13 @@ def command(*arguments: str, cwd: Path = TESTS) -> subprocess.CompletedProcess[s
     return subprocess.run([sys.executable, "-m", "fused_opt", *arguments], capture_output=True, text=True, cwd=cwd, check=False)
 
 
+def run_code(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, cwd=TESTS, check=False)
+
+
 def test_readme_example_runs_and_explains_itself() -> None:
     (code,) = re.findall(r"<!-- test -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=TESTS, check=False)
+    result = run_code(code, "-W", "error")
     assert result.returncode == 0, result.stderr
     loss, *explanation = result.stdout.splitlines()
     assert float(loss) < 1
@@ -64,16 +68,24 @@ def test_bench_writes_what_it_measured(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     result = command("bench", "rl", "--optimizer", "adamw", "--json", str(file))
     assert result.returncode == 0, result.stderr
-    assert "rl" in result.stdout
-    assert "adamw" in result.stdout.lower()
-    assert json.loads(file.read_text())
+    assert "adamw" in result.stdout
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["workload"], row["tensors"], row["compared_with"]) == ("rl", 12, "fused")
+    assert set(row["samples"]) == {"ours", "fused", "foreach", "for-loop"}
+    assert len({len(times) for times in row["samples"].values()}) == 1, "every round times every implementation"
+    assert min(min(times) for times in row["samples"].values()) > 0
+    assert row["max_ulp"] <= 16
 
 
 def test_parity_holds_and_says_so(tmp_path: Path) -> None:
     file = tmp_path / "parity.json"
     result = command("parity", "--optimizer", "SGD", "--steps", "2", "--json", str(file))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads(file.read_text())
+    assert "every bit is as promised" in result.stdout
+    report = json.loads(file.read_text())
+    assert report["kept"] is True
+    assert {row["tensor"] for row in report["rows"]} == {"param", "momentum_buffer"}
+    assert all(row["values"] == row["reference"]["counts"]["0"] > 10_000 for row in report["rows"])
 
 
 PLANTED_ERROR = """
@@ -88,8 +100,9 @@ sys.exit(cli.main(["parity", "--optimizer", "SGD", "--steps", "2"]))
 
 
 def test_parity_reports_a_planted_error() -> None:
-    result = subprocess.run([sys.executable, "-c", PLANTED_ERROR], capture_output=True, text=True, cwd=TESTS, check=False)
+    result = run_code(PLANTED_ERROR)
     assert result.returncode == 1, result.stdout + result.stderr
+    assert "the promise is broken" in result.stdout
 
 
 def test_demo_trains_both_and_draws(tmp_path: Path) -> None:
@@ -103,13 +116,15 @@ def test_doctor_finds_nothing_wrong_here(tmp_path: Path) -> None:
     result = command("doctor", "--json", str(tmp_path / "doctor.json"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert native().isa in result.stdout
-    assert json.loads((tmp_path / "doctor.json").read_text())
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    assert report["ok"] is True
+    assert report["problems"] == []
 
 
 @pytest.mark.parametrize("missing", ["torch", "fused_opt._cpu"])
 def test_doctor_works_on_a_broken_installation(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from fused_opt import cli; sys.exit(cli.main(['doctor']))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS, check=False)
+    result = run_code(code)
     assert result.returncode == 1
     assert missing in result.stdout
     assert "Traceback" not in result.stderr
@@ -118,7 +133,7 @@ def test_doctor_works_on_a_broken_installation(missing: str) -> None:
 @pytest.mark.parametrize("missing", ["rich", "matplotlib"])
 def test_a_missing_extra_is_named_with_its_remedy(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from fused_opt import cli; sys.exit(cli.main(['demo', '--steps', '1']))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS, check=False)
+    result = run_code(code)
     assert result.returncode == 2
     assert missing in result.stderr
     assert "fused-opt[bench]" in result.stderr
