@@ -2,7 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
+#include <cstring>
 
 namespace py = pybind11;
 
@@ -43,17 +43,60 @@ class StateCursor {
   bool lost_ = false;
 };
 
-// For dense tensors of one size: exact coincidence is fine (each element is read before it is written), anything else is not.
+// Memory at an address that need not be a multiple of the size.
+template <class T>
+T load(const void* data) {
+  T x;
+  std::memcpy(&x, data, sizeof x);
+  return x;
+}
+
+template <class T>
+void increment(void* data) {
+  const T x = load<T>(data) + 1;
+  std::memcpy(data, &x, sizeof x);
+}
+
+// Whether the format is one that codecs read, and which; complex numbers are pairs of reals.
+bool find_format(const TensorInfo& t, Format& format) {
+  const int bits = t.kind == 'c' ? t.bits / 2 : t.bits;
+  if (t.kind == 'b' && bits == 16)
+    format = Format::kBFloat16;
+  else if (t.kind != 'f' && t.kind != 'c')
+    return false;
+  else if (bits == 32)
+    format = Format::kFloat32;
+  else if (bits == 64)
+    format = Format::kFloat64;
+  else if (bits == 16)
+    format = Format::kFloat16;
+  else
+    return false;
+  return true;
+}
+
+bool is_complex(const TensorInfo& t) { return t.kind == 'c'; }
+
+int64_t bytes_spanned(const TensorInfo& t) { return span(t) * t.bits / 8; }
+
+// Exact coincidence is fine, since each element is read before it is written; anything else is not.
 bool overlap_in_part(const TensorInfo& a, const TensorInfo& b) {
   const auto begin_a = reinterpret_cast<uintptr_t>(a.data), begin_b = reinterpret_cast<uintptr_t>(b.data);
-  const uintptr_t distance = begin_a > begin_b ? begin_a - begin_b : begin_b - begin_a;
-  return distance != 0 && distance < static_cast<uintptr_t>(a.numel() * a.bits / 8);
+  const bool disjoint =
+      begin_a + static_cast<uintptr_t>(bytes_spanned(a)) <= begin_b || begin_b + static_cast<uintptr_t>(bytes_spanned(b)) <= begin_a;
+  return !disjoint && !(begin_a == begin_b && a.kind == b.kind && a.bits == b.bits && same_strides(a, b));
+}
+
+void place(Entry& entry, int k, const TensorInfo& t, Format format) {
+  entry.operands[k] = {t.data, format};
+  entry.bytes[k] = bytes_spanned(t);
+  if (format == Format::kFloat64) entry.precision = Precision::kDouble;
 }
 
 std::string describe(const TensorInfo& t) {
   std::string text = "shape (";
   for (int32_t d = 0; d < t.ndim; ++d) text += (d ? ", " : "") + std::to_string(t.shape[d]);
-  const char* kind = t.kind == 'f' ? "float" : t.kind == 'b' ? "bfloat" : t.kind == 'c' ? "complex" : "other";
+  const char* kind = t.kind == 'f' ? "float" : t.kind == 'b' ? "bfloat" : t.kind == 'c' ? "complex" : t.kind == 'i' ? "int" : "other";
   return text + "), dtype " + kind + std::to_string(t.bits);
 }
 
@@ -83,6 +126,8 @@ void Batch::clear() {
   entries.clear();
   cohorts.clear();
   missing.clear();
+  walks.clear();
+  mixed.clear();
   declined.clear();
 }
 
@@ -98,33 +143,37 @@ int Batch::cohort(double step, bool fresh) {
   return static_cast<int>(cohorts.size() - 1);
 }
 
-bool Batch::is_negated(PyObject* tensor) const {
-  const int negated = reader_.is_negated(tensor);
-  if (negated < 0) throw py::error_already_set();
-  return negated;
-}
-
 // Null if the parameter can be updated here, else why not.
-const char* Batch::classify(PyObject* param, PyObject* grad, TensorInfo& p, Entry& entry) {
-  TensorInfo g;
+const char* Batch::classify(PyObject* param, PyObject* grad, Candidate& candidate) const {
+  TensorInfo &p = candidate.param, &g = candidate.grad;
+  Format param_format, grad_format;
   if (!reader_.read(param, p)) return "the parameter is not a plain strided tensor";
   if (!p.on_cpu) return "the parameter is not on the CPU";
-  if (p.kind != 'f' || (p.bits != 32 && p.bits != 64)) return "the parameter is neither float32 nor float64";
-  if (!is_dense(p)) return "the parameter's memory has gaps or overlaps";
-  if (grad != param) {
-    if (!reader_.read(grad, g)) return "the gradient is not a plain strided tensor";
-    if (!g.on_cpu) return "the gradient is not on the CPU";
-    if (g.kind != p.kind || g.bits != p.bits) return "the gradient's dtype differs from the parameter's";
-    if (!same_shape(g, p)) return "the gradient's shape differs from the parameter's";
-    if (!same_strides(g, p)) return "the gradient's strides differ from the parameter's";
+  if (!find_format(p, param_format)) return "the parameter's dtype is neither a floating point nor a complex one";
+  const bool dense = is_dense(p);
+  if (!dense && !surely_disjoint(p)) {
+    for (int32_t d = 0; d < p.ndim; ++d)
+      if (p.shape[d] > 1 && p.strides[d] == 0)
+        throw std::runtime_error("parameter " + std::to_string(candidate.index) + " of its group has " + describe(p) +
+                                 " and is expanded: several of its elements are one memory location, which cannot be stepped; clone() it");
+    return "the parameter's memory may overlap itself";
   }
-  if (is_negated(param)) return "the parameter is lazily negated";
-  if (grad != param) {
-    if (is_negated(grad)) return "the gradient is lazily negated";
-    if (overlap_in_part(p, g)) return "the gradient overlaps the parameter's memory";
+  if (!reader_.read(grad, g)) return "the gradient is not a plain strided tensor";
+  if (!g.on_cpu) return "the gradient is not on the CPU";
+  if (!find_format(g, grad_format)) return "the gradient's dtype is neither a floating point nor a complex one";
+  if (is_complex(g) != is_complex(p)) return "of parameter and gradient only one is complex";
+  if (!same_shape(g, p)) return "the gradient's shape differs from the parameter's";
+  for (PyObject* tensor : {param, grad}) {
+    if (reader_.is_negated(tensor)) return "the parameter or the gradient is lazily negated";
+    if (is_complex(p) && reader_.is_conjugated(tensor)) return "the parameter or the gradient is lazily conjugated";
   }
-  entry.run = {p.data, grad == param ? p.data : g.data, {}, p.numel()};
-  entry.dtype = p.bits == 32 ? Dtype::kFloat32 : Dtype::kFloat64;
+  if (overlap_in_part(p, g)) return "the gradient overlaps the parameter's memory";
+  Entry& entry = candidate.entry;
+  entry.count = p.numel() * (is_complex(p) ? 2 : 1);
+  entry.precision = Precision::kSingle;
+  place(entry, kParam, p, param_format);
+  place(entry, kGrad, g, grad_format);
+  candidate.dense = dense && same_strides(g, p);
   return nullptr;
 }
 
@@ -151,16 +200,25 @@ void Batch::check_shapes(PyObject* param_state, const TensorInfo& p) const {
 }
 
 // False if the states have an honest form that this code does not serve; throws if they are unusable.
-bool Batch::attach_states(size_t index, PyObject* param_state, const TensorInfo& p, bool fresh, Entry& entry, const char** because) {
-  for (size_t k = 0; k < layout_.slots.size(); ++k) {
+bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidate, const char** because) {
+  const TensorInfo& p = candidate.param;
+  Entry& entry = candidate.entry;
+  const size_t index = static_cast<size_t>(candidate.index), slots = layout_.slots.size();
+  TensorInfo states[kMaxStates];
+  bool dense = candidate.dense;
+  for (size_t k = 0; k < slots; ++k) {
     PyObject* const tensor = PyDict_GetItemWithError(param_state, layout_.slots[k]);
     if (tensor == nullptr) no_such_state(index, layout_.slots[k]);
-    TensorInfo s;
+    TensorInfo& s = states[k];
+    Format format;
     if (!read_state(index, k, tensor, s)) return *because = "a state is not a plain strided tensor", false;
-    if (!same_shape(s, p) || s.kind != p.kind || s.bits != p.bits) refuse_state(layout_.slots[k], s, p);
+    if (!same_shape(s, p) || is_complex(s) != is_complex(p) || !find_format(s, format)) refuse_state(layout_.slots[k], s, p);
     if (!s.on_cpu) return *because = "a state is not on the CPU", false;
-    if (!same_strides(s, p)) return *because = "a state's strides differ from the parameter's", false;
-    entry.run.states[k] = s.data;
+    if (!same_strides(s, p)) {
+      dense = false;
+      if (!surely_disjoint(s)) return *because = "a state's memory may overlap itself", false;
+    }
+    place(entry, kFirstState + static_cast<int>(k), s, format);
     written.push_back(hold(tensor));
   }
   double step = 0;
@@ -168,14 +226,20 @@ bool Batch::attach_states(size_t index, PyObject* param_state, const TensorInfo&
     PyObject* const tensor = PyDict_GetItemWithError(param_state, layout_.counter);
     TensorInfo c;
     if (tensor == nullptr) no_such_state(index, layout_.counter);
-    if (!read_state(index, layout_.slots.size(), tensor, c) || !c.on_cpu || c.kind != 'f' || c.bits < 32 || c.numel() != 1)
+    if (!read_state(index, slots, tensor, c) || !c.on_cpu || c.kind != 'f' || c.bits < 32 || c.numel() != 1)
       return *because = "the step counter is not a one-element float32 or float64 tensor on the CPU", false;
     entry.counter = c.data;
     entry.counter_is_double = c.bits == 64;
-    step = entry.counter_is_double ? *static_cast<double*>(c.data) : *static_cast<float*>(c.data);
+    step = entry.counter_is_double ? load<double>(c.data) : load<float>(c.data);
     written.push_back(hold(tensor));
   }
   entry.cohort = cohort(step, fresh);
+  if (!dense && entry.count > 0) {
+    const TensorInfo* tensors[kMaxOperands] = {&p, &candidate.grad};
+    for (size_t k = 0; k < slots; ++k) tensors[kFirstState + k] = &states[k];
+    entry.walk = static_cast<int>(walks.size());
+    walks.emplace_back(tensors, kFirstState + static_cast<int>(slots));
+  }
   return true;
 }
 
@@ -191,35 +255,29 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
     if (grad == Py_None && assume_grad) grad = param;
     if (grad == Py_None) continue;
 
-    Missing candidate{i, {}, {}};
-    Entry& entry = candidate.entry;
-    if (const char* because = classify(param, grad, candidate.param, entry)) {
+    Candidate candidate{i, {}, {}, false, {}};
+    if (const char* because = classify(param, grad, candidate)) {
       check_shapes(cursor.find(param), candidate.param);
       declined.emplace_back(i, because);
       continue;
     }
-    if (stateful) {
-      PyObject* const param_state = cursor.find(param);
-      const bool has_states = param_state != nullptr && PyDict_Check(param_state) && PyDict_GET_SIZE(param_state) > 0;
-      // A rule that counts has all its states from the first step on; one that does not (SGD) may be given its buffer late.
-      PyObject* const first = !has_states ? nullptr : layout_.counter ? Py_True : PyDict_GetItemWithError(param_state, layout_.slots[0]);
-      if (first == nullptr || first == Py_None) {
-        params.push_back(param);
-        indices.push_back(i);
-        missing.push_back(std::move(candidate));
-        continue;
-      }
+    PyObject* const param_state = stateful ? cursor.find(param) : nullptr;
+    const bool has_states = param_state != nullptr && PyDict_Check(param_state) && PyDict_GET_SIZE(param_state) > 0;
+    // A rule that counts has all its states from the first step on; one that does not (SGD) may be given its buffer late.
+    PyObject* const first = !has_states ? nullptr : layout_.counter ? Py_True : PyDict_GetItemWithError(param_state, layout_.slots[0]);
+    if (stateful && (first == nullptr || first == Py_None)) {
+      missing.push_back(std::move(candidate));
+    } else {
       const char* because = nullptr;
-      if (!attach_states(static_cast<size_t>(i), param_state, candidate.param, false, entry, &because)) {
+      if (!attach_states(param_state, false, candidate, &because)) {
         declined.emplace_back(i, because);
         continue;
       }
-    } else {
-      entry.cohort = cohort(0, false);
+      entries.push_back(candidate.entry);
     }
+    if (candidate.entry.operands[kParam].format != candidate.entry.operands[kGrad].format) mixed.push_back(i);
     params.push_back(param);
     indices.push_back(i);
-    entries.push_back(entry);
   }
   const size_t positions = static_cast<size_t>(PyList_GET_SIZE(param_list)) * (layout_.slots.size() + 1);
   if (small_states_.size() > positions) small_states_.resize(positions);
@@ -229,48 +287,38 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
 }
 
 void Batch::adopt(size_t i, PyObject* param_state) {
-  Missing& m = missing.at(i);
   const char* because = nullptr;
-  if (!attach_states(static_cast<size_t>(m.index), param_state, m.param, true, m.entry, &because)) throw std::runtime_error(because);
-  entries.push_back(m.entry);
+  if (!attach_states(param_state, true, missing.at(i), &because)) throw std::runtime_error(because);
+  entries.push_back(missing[i].entry);
 }
 
-bool Batch::shares_memory() {
-  ranges_.clear();
-  const auto add = [this](const void* data, int64_t bytes, bool write) {
+void Batch::append_ranges(std::vector<Range>& ranges) const {
+  const auto append = [&ranges](const void* data, int64_t bytes, bool write) {
     const auto begin = reinterpret_cast<uintptr_t>(data);
-    if (bytes > 0 && data != nullptr) ranges_.push_back({begin, begin + static_cast<uintptr_t>(bytes), write});
+    if (bytes > 0 && data != nullptr) ranges.push_back({begin, begin + static_cast<uintptr_t>(bytes), write});
   };
-  const auto add_entry = [&add](const Entry& e) {
-    const int64_t bytes = e.run.count * e.item_size();
-    add(e.run.param, bytes, true);
-    add(e.run.grad, bytes, false);
-    for (const void* data : e.run.states) add(data, bytes, true);
-    add(e.counter, e.counter_is_double ? 8 : 4, true);
+  const auto append_entry = [&append](const Entry& e) {
+    for (int k = 0; k < kMaxOperands; ++k) append(e.operands[k].data, e.bytes[k], k != kGrad);
+    append(e.counter, e.counter_is_double ? 8 : 4, true);
   };
-  for (const Entry& e : entries) add_entry(e);
-  for (const Missing& m : missing) add_entry(m.entry);
-  // Sorting 5000 ranges costs as much as a step on small tensors, and pointers rarely change from one step to the next.
-  if (ranges_ == known_ranges_) return known_to_share_;
-  known_ranges_ = ranges_;
-  std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  uintptr_t end = 0, written_end = 0;
-  known_to_share_ = false;
-  for (const Range& r : ranges_) {
-    known_to_share_ |= r.begin < (r.write ? end : written_end);
-    end = std::max(end, r.end);
-    if (r.write) written_end = std::max(written_end, r.end);
-  }
-  return known_to_share_;
+  for (const Entry& e : entries) append_entry(e);
+  for (const Candidate& m : missing) append_entry(m.entry);
+}
+
+Format Batch::kernel_format(const Entry& entry) const {
+  const Format own = entry.operands[kParam].format;
+  bool common = entry.walk < 0;
+  for (int k = 0; k < operand_count(); ++k) common &= entry.operands[k].format == own;
+  return common ? own : entry.precision == Precision::kSingle ? Format::kFloat32 : Format::kFloat64;
 }
 
 void Batch::count_steps() {
   for (const Entry& e : entries) {
     if (e.counter == nullptr) continue;
     if (e.counter_is_double)
-      *static_cast<double*>(e.counter) += 1;
+      increment<double>(e.counter);
     else
-      *static_cast<float*>(e.counter) += 1;
+      increment<float>(e.counter);
   }
 }
 

@@ -7,7 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "request.h"
+#include "sharing.h"
+#include "task.h"
 #include "tensor_reader.h"
 
 namespace fused_opt {
@@ -25,13 +26,14 @@ struct Layout {
 };
 
 struct Entry {
-  Run run;
-  Dtype dtype;
+  Operand operands[kMaxOperands];
+  int64_t bytes[kMaxOperands];  // from an operand's first byte to its last
+  int64_t count;                // real numbers in each operand
+  Precision precision;
+  int walk = -1;  // index in Batch::walks if some operand is not densely packed, or not in the others' order
   int cohort;
   void* counter = nullptr;  // the step counter's memory
   bool counter_is_double = false;
-
-  uint8_t item_size() const { return dtype == Dtype::kFloat32 ? 4 : 8; }
 };
 
 class Batch {
@@ -44,7 +46,8 @@ class Batch {
   // Reads the group; writes nothing. Every parameter with a gradient ends up in exactly one of: entries (with states), missing (to be
   // given states, see adopt), or declined (with the reason it cannot be served here). `state` maps parameters to dicts.
   // With assume_grad a parameter without gradient is read as if it had one of its own layout.
-  // Throws on states that no implementation could use (a wrong shape or dtype, a key that is missing).
+  // Throws on what no implementation could use: a state of a wrong shape or kind, a key that is missing, a parameter whose elements share
+  // memory.
   void gather(PyObject* params, PyObject* state, bool assume_grad);
 
   // Completes missing parameter number `i` with the dict of states just made for it.
@@ -53,45 +56,43 @@ class Batch {
   // Drops every reference and entry; keeps the memory for the next step.
   void clear();
 
-  // True if memory that this step writes is also another tensor's: then order matters, and parameters must run one at a time.
-  bool shares_memory();
+  // The memory that the step will touch: of entries and missing ones.
+  void append_ranges(std::vector<Range>& ranges) const;
+
+  // Of the kernel for an entry: the operands' own if they have one in common and are densely packed, else the precision's.
+  Format kernel_format(const Entry& entry) const;
+  int operand_count() const { return kFirstState + static_cast<int>(layout_.slots.size()); }
 
   void count_steps();  // adds one to every counter
 
-  struct Missing {
+  struct Candidate {
     Py_ssize_t index;
+    TensorInfo param, grad;
+    bool dense;  // both, in the same order
     Entry entry;
-    TensorInfo param;
   };
   std::vector<Entry> entries;
   std::vector<Cohort> cohorts;
-  std::vector<Missing> missing;
+  std::vector<Candidate> missing;
   std::vector<std::pair<Py_ssize_t, const char*>> declined;
+  std::vector<Walk> walks;
+  std::vector<Py_ssize_t> mixed;    // indices of parameters of entries and missing whose gradient has another dtype
   std::vector<PyObject*> params;    // of entries and missing, in the order of the list
   std::vector<Py_ssize_t> indices;  // theirs
   std::vector<PyObject*> written;   // states and counters of entries
 
  private:
-  const char* classify(PyObject* param, PyObject* grad, TensorInfo& info, Entry& entry);
-  bool is_negated(PyObject* tensor) const;
-  bool attach_states(size_t index, PyObject* param_state, const TensorInfo& param, bool fresh, Entry& entry, const char** because);
+  const char* classify(PyObject* param, PyObject* grad, Candidate& candidate) const;
+  bool attach_states(PyObject* param_state, bool fresh, Candidate& candidate, const char** because);
   void check_shapes(PyObject* param_state, const TensorInfo& param) const;
   bool read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& out);
   PyObject* hold(PyObject* object);
   int cohort(double step, bool fresh);
 
-  struct Range {
-    uintptr_t begin, end;
-    bool write;
-    bool operator==(const Range& o) const { return begin == o.begin && end == o.end && write == o.write; }
-  };
-
   const TensorReader& reader_;
   const Layout layout_;
   std::vector<PyObject*> held_;     // a reference to every object whose memory is used, so that none is freed without the GIL
   std::vector<Hold> small_states_;  // by index and slot, the counter last; see kMaxHeldBytes
-  std::vector<Range> ranges_, known_ranges_;
-  bool known_to_share_ = false;
 };
 
 }  // namespace fused_opt

@@ -16,7 +16,7 @@ namespace {
 
 struct RuleInfo {
   const char* name;
-  const KernelsByDtype* KernelTable::* kernels;
+  const KernelsByFormat* KernelTable::* kernels;
   unsigned flag_combinations;
   size_t scalars;
 };
@@ -39,17 +39,17 @@ const Isa& find_isa(const std::string& name) {
   throw py::value_error("unknown instruction set '" + name + "'");
 }
 
-// Where each kernel starts, for the test that disassembles them: (isa, rule, flags, bytes of the dtype, address).
-using KernelAddress = std::tuple<const char*, const char*, unsigned, int, uintptr_t>;
+// Where each kernel starts, for the test that disassembles them: (isa, rule, flags, format, address).
+using KernelAddress = std::tuple<const char*, const char*, unsigned, const char*, uintptr_t>;
 
 std::vector<KernelAddress> kernel_addresses() {
   std::vector<KernelAddress> list;
   for (int i = 0; i < isa_count; ++i)
     for (const RuleInfo& rule : rules)
       for (unsigned flags = 0; flags < rule.flag_combinations; ++flags)
-        for (int dtype = 0; dtype < kDtypes; ++dtype) {
-          const Kernel kernel = (isas[i].kernels->*rule.kernels)[flags].at[dtype];
-          list.emplace_back(isas[i].kernels->isa, rule.name, flags, dtype ? 8 : 4, reinterpret_cast<uintptr_t>(kernel));
+        for (int format = 0; format < kFormats; ++format) {
+          const Kernel kernel = (isas[i].kernels->*rule.kernels)[flags].at[format];
+          list.emplace_back(isas[i].kernels->isa, rule.name, flags, kFormatNames[format], reinterpret_cast<uintptr_t>(kernel));
         }
   return list;
 }
@@ -91,8 +91,11 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
   tasks.reserve(batch.entries.size());
   for (const Entry& entry : batch.entries) {
     const auto& [flags, scalars] = programs[static_cast<size_t>(entry.cohort)];
-    const Kernel kernel = (isa.kernels->*rule.kernels)[flags].at[static_cast<int>(entry.dtype)];
-    tasks.push_back({kernel, scalars.data(), entry.run, entry.item_size()});
+    const Format format = batch.kernel_format(entry);
+    const Kernel kernel = (isa.kernels->*rule.kernels)[flags].at[static_cast<int>(format)];
+    const CodecsByFormat* const codecs = &isa.kernels->codecs[static_cast<int>(entry.precision)];
+    const Walk* const walk = entry.walk < 0 ? nullptr : &batch.walks[static_cast<size_t>(entry.walk)];
+    tasks.push_back({kernel, format, scalars.data(), codecs, batch.operand_count(), entry.operands, walk, entry.count});
   }
   int threads;
   {
@@ -134,7 +137,6 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("params"), py::arg("state"), py::arg("assume_grad") = false)
       .def("adopt", [](Batch& self, size_t i, const py::dict& state) { self.adopt(i, state.ptr()); })
       .def("clear", &Batch::clear)
-      .def("shares_memory", &Batch::shares_memory)
       .def("run", &run, py::arg("rule"), py::arg("programs"), py::arg("isa"), py::arg("max_threads"))
       .def_property_readonly("missing",
                              [](const Batch& self) {
@@ -143,6 +145,7 @@ PYBIND11_MODULE(_cpu, m) {
                                return indices;
                              })
       .def_property_readonly("indices", [](const Batch& self) { return self.indices; })
+      .def_property_readonly("mixed", [](const Batch& self) { return self.mixed; })
       .def_property_readonly("declined", [](const Batch& self) { return self.declined; })
       .def_property_readonly("cohorts",
                              [](const Batch& self) {
@@ -155,6 +158,8 @@ PYBIND11_MODULE(_cpu, m) {
         for (PyObject* object : self.written) list.append(py::handle(object));
         return list;
       });
+
+  py::class_<Sharing>(m, "Sharing").def(py::init<>()).def("found", &Sharing::found, py::arg("batches"));
 }
 
 }  // namespace fused_opt

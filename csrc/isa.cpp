@@ -17,7 +17,8 @@ FUSED_OPT_DECLARE(avx512)
 const Isa isas[] = {
     {"scalar", &scalar::kernel_table, [] { return true; }},
 #if defined(__x86_64__)
-    {"avx2", &avx2::kernel_table, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", &avx2::kernel_table,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
     {"avx512", &avx512::kernel_table,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&

@@ -1,19 +1,11 @@
 // Splits a step over threads by elements, not by tensors.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
-#include "request.h"
+#include "task.h"
 
 namespace fused_opt {
-
-struct Task {
-  Kernel kernel;
-  const double* scalars;
-  Run run;
-  uint8_t item_size;
-};
 
 // Runs every task, on at most `max_threads` threads, and returns how many were used. The bits do not depend on it.
 int run_parallel(const std::vector<Task>& tasks, int max_threads);

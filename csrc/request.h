@@ -5,31 +5,51 @@
 
 namespace fused_opt {
 
+// A rule's operands, in this order: the parameter, its gradient, its states.
+constexpr int kParam = 0, kGrad = 1, kFirstState = 2;
 constexpr int kMaxStates = 3;
+constexpr int kMaxOperands = kFirstState + kMaxStates;
 
-// A stretch of one parameter and what belongs to it: `count` elements, densely packed, all of one dtype.
+// What a rule computes in: float or double.
+enum class Precision : uint8_t { kSingle, kDouble };
+constexpr int kPrecisions = 2;
+
+// How a value is stored. The first two are the precisions themselves.
+enum class Format : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kFormats = 4;
+constexpr int kFormatBytes[kFormats] = {4, 8, 2, 2};
+constexpr const char* kFormatNames[kFormats] = {"float32", "float64", "bfloat16", "float16"};
+
+// `count` elements of each operand, densely packed in the kernel's own format, at any address.
 struct Run {
-  void* param;
-  const void* grad;
-  void* states[kMaxStates];
+  void* operands[kMaxOperands];
   int64_t count;
 };
 
 using Kernel = void (*)(const double* scalars, const Run& run);
 
-enum class Dtype : uint8_t { kFloat32, kFloat64 };
-constexpr int kDtypes = 2;
-
-struct KernelsByDtype {
-  Kernel at[kDtypes];
+// Those for 16-bit formats compute in single precision.
+struct KernelsByFormat {
+  Kernel at[kFormats];
 };
 
-// For each rule an array indexed by its flags.
+// Between memory, `stride` elements from one value to the next, and densely packed numbers of a precision.
+struct Codec {
+  void (*decode)(const void* stored, int64_t stride, void* real, int64_t count);
+  void (*encode)(const void* real, void* stored, int64_t stride, int64_t count);
+};
+
+struct CodecsByFormat {
+  Codec at[kFormats];
+};
+
 struct KernelTable {
   const char* isa;
-  const KernelsByDtype* adam;
-  const KernelsByDtype* rmsprop;
-  const KernelsByDtype* sgd;
+  // For each rule an array indexed by its flags.
+  const KernelsByFormat* adam;
+  const KernelsByFormat* rmsprop;
+  const KernelsByFormat* sgd;
+  const CodecsByFormat* codecs;  // indexed by precision
 };
 
 // For each rule: its flag bits and the order of its scalars.

@@ -43,7 +43,7 @@ bool has_memory(const TensorInfo& t) { return t.data != nullptr || t.numel() == 
 
 constexpr uint32_t kDLPackMajor = 1;
 constexpr int32_t kDLCPU = 1;
-enum { kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
+enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
 
 }  // namespace
 
@@ -87,13 +87,21 @@ TensorReader::TensorReader() {
   // References are kept for the life of the process: torch's types outlive every optimizer.
   tensor_type_ = py::object(torch.attr("Tensor")).release().ptr();
   parameter_type_ = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
-  const py::object base = torch.attr("_C").attr("TensorBase");
-  const py::object grad = base.attr("__dict__")["grad"], is_neg = base.attr("__dict__")["is_neg"];
-  if (!Py_IS_TYPE(grad.ptr(), &PyGetSetDescr_Type) || !Py_IS_TYPE(is_neg.ptr(), &PyMethodDescr_Type))
-    throw std::runtime_error("this torch is unlike any known one: Tensor.grad or Tensor.is_neg is not built in");
+  const py::object methods = torch.attr("_C").attr("TensorBase").attr("__dict__");
+  const py::object grad = methods["grad"];
+  if (!Py_IS_TYPE(grad.ptr(), &PyGetSetDescr_Type))
+    throw std::runtime_error("this torch is unlike any known one: Tensor.grad is not built in");
   grad_ = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
-  is_neg_ = reinterpret_cast<PyMethodDescrObject*>(is_neg.ptr())->d_method;
-  if ((is_neg_->ml_flags & METH_NOARGS) == 0) throw std::runtime_error("this torch's Tensor.is_neg takes arguments");
+  const auto question = [&methods](const char* name) {
+    const py::object method = methods[name];
+    PyMethodDef* const def =
+        Py_IS_TYPE(method.ptr(), &PyMethodDescr_Type) ? reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method : nullptr;
+    if (def == nullptr || (def->ml_flags & METH_NOARGS) == 0)
+      throw std::runtime_error("this torch is unlike any known one: Tensor." + std::string(name) + " is not built in, or takes arguments");
+    return def;
+  };
+  is_neg_ = question("is_neg");
+  is_conj_ = question("is_conj");
 
   const py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
   if (capsule.is_none()) return;
@@ -138,7 +146,11 @@ bool TensorReader::read(PyObject* tensor, TensorInfo& out) const {
   out.strides = t.strides;
   out.ndim = t.ndim;
   out.on_cpu = t.device_type == kDLCPU;
-  out.kind = t.dtype_code == kDLFloat ? 'f' : t.dtype_code == kDLBfloat ? 'b' : t.dtype_code == kDLComplex ? 'c' : '?';
+  out.kind = t.dtype_code == kDLFloat     ? 'f'
+             : t.dtype_code == kDLBfloat  ? 'b'
+             : t.dtype_code == kDLComplex ? 'c'
+             : t.dtype_code == kDLInt     ? 'i'
+                                          : '?';
   out.bits = t.dtype_bits;
   return has_memory(out);
 }
@@ -150,7 +162,8 @@ bool TensorReader::read_by_methods(PyObject* object, TensorInfo& out) const {
     const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
     const bool is_float = dtype == "torch.float32" || dtype == "torch.float64" || dtype == "torch.float16";
     const bool is_complex = tensor.attr("is_complex")().cast<bool>();
-    out.kind = is_float ? 'f' : is_complex ? 'c' : dtype == "torch.bfloat16" ? 'b' : '?';
+    const bool is_int = dtype.rfind("torch.int", 0) == 0;
+    out.kind = is_float ? 'f' : is_complex ? 'c' : dtype == "torch.bfloat16" ? 'b' : is_int ? 'i' : '?';
     out.bits = static_cast<uint8_t>(8 * tensor.attr("element_size")().cast<int>());
     out.on_cpu = tensor.attr("device").attr("type").cast<std::string>() == "cpu";
     out.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
@@ -171,12 +184,11 @@ PyObject* TensorReader::grad(PyObject* tensor) const {
   return is_plain(tensor) ? grad_->get(tensor, grad_->closure) : PyObject_GetAttrString(tensor, "grad");
 }
 
-int TensorReader::is_negated(PyObject* tensor) const {
-  PyObject* const answer = is_neg_->ml_meth(tensor, nullptr);
-  if (answer == nullptr) return -1;
-  const int negated = answer == Py_True;
-  Py_DECREF(answer);
-  return negated;
+bool TensorReader::ask(PyMethodDef* method, PyObject* tensor) {
+  PyObject* const answer = method->ml_meth(tensor, nullptr);
+  if (answer == nullptr) throw py::error_already_set();
+  Py_DECREF(answer);  // True and False outlive this
+  return answer == Py_True;
 }
 
 }  // namespace fused_opt

@@ -15,7 +15,7 @@ struct TensorInfo {
   const int64_t* strides = nullptr;  // in elements
   int32_t ndim = 0;
   bool on_cpu = false;
-  char kind = '?';  // 'f' IEEE float, 'b' bfloat16, 'c' complex, '?' any other
+  char kind = '?';  // 'f' IEEE float, 'b' bfloat16, 'c' complex, 'i' signed integer, '?' any other
   uint8_t bits = 0;
   std::vector<int64_t> owned_dims;  // backs shape and strides where torch cannot lend them (before 2.10)
 
@@ -60,8 +60,9 @@ class TensorReader {
   // New reference to the grad of a tensor (of any subclass), None included. Null with a Python error set on failure.
   PyObject* grad(PyObject* tensor) const;
 
-  // Whether the values are the negatives of what memory holds (torch's lazy negation). -1 with a Python error set on failure.
-  int is_negated(PyObject* tensor) const;
+  // Whether the values are the negatives, or the complex conjugates, of what memory holds (torch does both lazily).
+  bool is_negated(PyObject* tensor) const { return ask(is_neg_, tensor); }
+  bool is_conjugated(PyObject* tensor) const { return ask(is_conj_, tensor); }
 
   // "dlpack" (torch's C exchange table) or "data_ptr" (Python methods, for a torch that lacks the table).
   const char* method() const { return fill_dltensor_ ? "dlpack" : "data_ptr"; }
@@ -72,6 +73,7 @@ class TensorReader {
  private:
   bool is_plain(PyObject* tensor) const;  // a Tensor or Parameter itself, not an instance of a subclass
   bool read_by_methods(PyObject* tensor, TensorInfo& out) const;
+  static bool ask(PyMethodDef* method, PyObject* tensor);
 
   using FillDLTensor = int (*)(void* py_object, struct DLTensor* out);
   using MakeManaged = int (*)(void* py_object, DLManagedTensor** out);
@@ -79,7 +81,7 @@ class TensorReader {
   MakeManaged make_managed_ = nullptr;
   PyObject *tensor_type_, *parameter_type_;
   PyGetSetDef* grad_;
-  PyMethodDef* is_neg_;
+  PyMethodDef *is_neg_, *is_conj_;
 };
 
 }  // namespace fused_opt

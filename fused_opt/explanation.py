@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from fused_opt.rules import Group
+from fused_opt.states import dtype_of_new_states
 from fused_opt.step import FusedStep, GroupPlan, Plan, plan
 
 
@@ -18,39 +18,50 @@ class Row:
 
     Attributes:
         group: index in `param_groups`.
+        indices: of the parameters in the group's `params`.
         path: "cpu-avx2" and the like for this package's native code, "torch" for torch's own step.
+        isa: the instruction set of the native code, or "" on torch's path.
         reason: why that path.
         dtype: of the parameters, without the "torch." prefix.
-        states: the state tensors a step uses, with their dtype and size in bytes a parameter element, or "none".
-        parameters: number of tensors.
-        elements: number of values in them.
+        states: the state tensors a step uses and their dtypes, (name, dtype) each, in the rule's order.
+        state_bytes: their size for all parameters of the row together, in bytes, without step counters.
+        elements: number of values in the parameters together.
     """
 
     group: int
+    indices: tuple[int, ...]
     path: str
+    isa: str
     reason: str
     dtype: str
-    states: str
-    parameters: int
+    states: tuple[tuple[str, str], ...]
+    state_bytes: int
     elements: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of tensors."""
+        return len(self.indices)
+
+    def __str__(self) -> str:
+        states = ", ".join(f"{name} {dtype}" for name, dtype in self.states)
+        size = f" ({self.state_bytes / self.elements:g} bytes a value)" if self.elements and self.states else ""
+        return (
+            f"group {self.group}: {self.parameters} x {self.dtype} ({self.elements} elements) by {self.path}: {self.reason}; "
+            f"states: {states or 'none'}{size}"
+        )
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; prints as a table."""
+    """What `explain` found; prints as a table. `dataclasses.asdict` makes it plain data."""
 
     optimizer: str
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
         count = sum(row.parameters for row in self.rows)
-        lines = [f"{self.optimizer}: {count} parameter{'s' if count != 1 else ''}"]
-        lines += [
-            f"  group {row.group}: {row.parameters} x {row.dtype} ({row.elements} elements) by {row.path}: {row.reason}; "
-            f"states: {row.states}"
-            for row in self.rows
-        ]
-        return "\n".join(lines)
+        return "\n".join([f"{self.optimizer}: {count} parameter{'s' if count != 1 else ''}", *(f"  {row}" for row in self.rows)])
 
 
 def explain(optimizer: torch.optim.Optimizer) -> Explanation:
@@ -66,6 +77,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
 
     Raises:
         TypeError: the optimizer is not one of this package's.
+        KeyError, RuntimeError: the next step would raise it, too.
     """
     if not isinstance(optimizer, FusedStep):
         raise TypeError(
@@ -73,31 +85,48 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
             "make it with fused_opt.Adam, AdamW, RMSprop or SGD"
         )
     the_plan = plan(optimizer, assume_grad=True)
-    alike: Counter[tuple[int, str, str, str, str]] = Counter()
-    elements: Counter[tuple[int, str, str, str, str]] = Counter()
-    for index, group in enumerate(the_plan.groups):
-        for param, path, reason in _paths(the_plan, group):
-            dtype = str(param.dtype).removeprefix("torch.")
-            key = (index, path, reason, dtype, _states(optimizer, group.group, param))
-            alike[key] += 1
-            elements[key] += param.numel()
+    alike: dict[tuple[int, str, str, str, tuple[tuple[str, torch.dtype], ...]], list[int]] = {}
+    for number, group in enumerate(the_plan.groups):
+        for index, isa, reason in _paths(the_plan, group):
+            param = group.group["params"][index]
+            states = tuple(_states(optimizer, group.group, param))
+            alike.setdefault((number, isa, reason, _name(param.dtype), states), []).append(index)
     the_plan.release()
-    rows = tuple(Row(*key, parameters=count, elements=elements[key]) for key, count in alike.items())
-    return Explanation(type(optimizer).__name__, rows)
+    rows = []
+    for (number, isa, reason, dtype, states), indices in alike.items():
+        params = optimizer.param_groups[number]["params"]
+        elements = sum(params[index].numel() for index in indices)
+        rows.append(
+            Row(
+                group=number,
+                indices=tuple(indices),
+                path=f"cpu-{isa}" if isa else "torch",
+                isa=isa,
+                reason=reason,
+                dtype=dtype,
+                states=tuple((name, _name(state)) for name, state in states),
+                state_bytes=elements * sum(state.itemsize for _, state in states),
+                elements=elements,
+            )
+        )
+    return Explanation(type(optimizer).__name__, tuple(rows))
 
 
-def _paths(the_plan: Plan, group: GroupPlan) -> Iterator[tuple[torch.Tensor, str, str]]:
+def _paths(the_plan: Plan, group: GroupPlan) -> Iterator[tuple[int, str, str]]:
     declined = dict(group.declined)
-    for i, param in enumerate(group.group["params"]):
-        if i in declined:
-            yield param, "torch", declined[i]
+    for index in range(len(group.group["params"])):
+        if index in declined:
+            yield index, "", declined[index]
         else:
-            yield param, f"cpu-{the_plan.backend.isa}", the_plan.backend.why
+            yield index, the_plan.backend.isa, the_plan.backend.why
 
 
-def _states(optimizer: FusedStep, group: Group, param: torch.Tensor) -> str:
+def _states(optimizer: FusedStep, group: Group, param: torch.Tensor) -> Iterator[tuple[str, torch.dtype]]:
     existing = optimizer.state.get(param, {})
-    dtypes = {slot: getattr(existing.get(slot), "dtype", param.dtype) for slot in optimizer._rule.slots(group)}
-    described = [f"{slot} {str(dtype).removeprefix('torch.')}" for slot, dtype in dtypes.items()]
-    size = sum(dtype.itemsize for dtype in dtypes.values())
-    return f"{', '.join(described)} ({size} bytes a value)" if described else "none"
+    for slot in optimizer._rule.slots(group):
+        state = existing.get(slot)
+        yield slot, state.dtype if isinstance(state, torch.Tensor) else dtype_of_new_states(optimizer._rule, group, param)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

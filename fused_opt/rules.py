@@ -31,37 +31,61 @@ class Rule:
         slots: param group -> state keys that the step reads and writes, in the backend's order, which is also torch's.
         program: (param group, step, fresh) -> flags and scalars. `step` is 1 in the first step; `fresh` says that the states were created
             for this very step.
-        zero_states: whether new states are zeros; otherwise the first step sets them without reading them.
+        l2: param group -> whether weight decay is added to the gradient (and not decoupled from it).
+        lerps: param group -> whether torch's update moves a state towards the gradient by `lerp`, which refuses a gradient of
+            another dtype.
+        zero_states: whether new states are zeros of the parameter's dtype; otherwise the first step sets them to the gradient without
+            reading them, and they have its dtype.
+        sparse: whether torch takes sparse gradients.
     """
 
     name: str
     counter: str
     slots: Callable[[Group], tuple[str, ...]]
     program: Callable[[Group, float, bool], Program]
+    l2: Callable[[Group], bool]
+    lerps: Callable[[Group], bool]
     zero_states: bool = True
+    sparse: bool = False
+
+
+def _decays(group: Group) -> bool:
+    return float(group["weight_decay"]) != 0
+
+
+def _never(group: Group) -> bool:
+    return False
+
+
+def _always(group: Group) -> bool:
+    return True
 
 
 def _adam_slots(group: Group) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
 
-def _adam_program(group: Group, step: float, fresh: bool) -> Program:
+def _adam_l2(group: Group) -> bool:
     # torch before 2.7 has no such option, and in AdamW it cannot be switched off.
-    return _any_adam_program(group, step, decoupled=group.get("decoupled_weight_decay", False))
+    return _decays(group) and not group.get("decoupled_weight_decay", False)
+
+
+def _adam_program(group: Group, step: float, fresh: bool) -> Program:
+    return _any_adam_program(group, step, _adam_l2(group))
 
 
 def _adamw_program(group: Group, step: float, fresh: bool) -> Program:
-    return _any_adam_program(group, step, decoupled=True)
+    return _any_adam_program(group, step, l2=False)
 
 
-def _any_adam_program(group: Group, step: float, decoupled: bool) -> Program:
+def _any_adam_program(group: Group, step: float, l2: bool) -> Program:
     lr, weight_decay, (beta1, beta2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
     beta1, beta2 = float(beta1), float(beta2)
-    flags = AMSGRAD * bool(group["amsgrad"]) + ADAM_L2 * (weight_decay != 0 and not decoupled)
+    flags = AMSGRAD * bool(group["amsgrad"]) + ADAM_L2 * l2
     return flags, (
         -1.0 if group["maximize"] else 1.0,
         weight_decay,
-        1 - lr * weight_decay if decoupled else 1.0,
+        1.0 if l2 else 1 - lr * weight_decay,
         1 - beta1,
         beta2,
         1 - beta2,
@@ -78,7 +102,7 @@ def _rmsprop_slots(group: Group) -> tuple[str, ...]:
 
 def _rmsprop_program(group: Group, step: float, fresh: bool) -> Program:
     alpha, momentum, weight_decay = float(group["alpha"]), float(group["momentum"]), float(group["weight_decay"])
-    flags = CENTERED * bool(group["centered"]) + RMSPROP_MOMENTUM * (momentum > 0) + RMSPROP_L2 * (weight_decay != 0)
+    flags = CENTERED * bool(group["centered"]) + RMSPROP_MOMENTUM * (momentum > 0) + RMSPROP_L2 * _decays(group)
     sign = -1.0 if group["maximize"] else 1.0
     return flags, (sign, weight_decay, alpha, 1 - alpha, float(group["eps"]), momentum, -float(group["lr"]))
 
@@ -89,12 +113,16 @@ def _sgd_slots(group: Group) -> tuple[str, ...]:
 
 def _sgd_program(group: Group, step: float, fresh: bool) -> Program:
     momentum, weight_decay = float(group["momentum"]), float(group["weight_decay"])
-    flags = SGD_MOMENTUM * (momentum != 0) + NESTEROV * bool(group["nesterov"]) + FIRST * fresh + SGD_L2 * (weight_decay != 0)
+    flags = SGD_MOMENTUM * (momentum != 0) + NESTEROV * bool(group["nesterov"]) + FIRST * fresh + SGD_L2 * _decays(group)
     sign = -1.0 if group["maximize"] else 1.0
     return flags, (sign, weight_decay, momentum, 1 - float(group["dampening"]), -float(group["lr"]))
 
 
-ADAM = Rule("adam", "step", _adam_slots, _adam_program)
-ADAMW = Rule("adam", "step", _adam_slots, _adamw_program)
-RMSPROP = Rule("rmsprop", "step", _rmsprop_slots, _rmsprop_program)
-SGD = Rule("sgd", "", _sgd_slots, _sgd_program, zero_states=False)
+def _centered(group: Group) -> bool:
+    return bool(group["centered"])
+
+
+ADAM = Rule("adam", "step", _adam_slots, _adam_program, l2=_adam_l2, lerps=_always)
+ADAMW = Rule("adam", "step", _adam_slots, _adamw_program, l2=_never, lerps=_always)
+RMSPROP = Rule("rmsprop", "step", _rmsprop_slots, _rmsprop_program, l2=_decays, lerps=_centered)
+SGD = Rule("sgd", "", _sgd_slots, _sgd_program, l2=_decays, lerps=_never, zero_states=False, sparse=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -14,15 +14,16 @@ from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from fused_opt import fallback
 from fused_opt.errors import completed
 from fused_opt.native import Native, native
 from fused_opt.rules import Group, Program, Rule
+from fused_opt.states import State, check_gradient_dtype, check_state_dtype, dtype_of_new_states, keeping_dtypes, new_state
 
 if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT, StateDict
+
     from fused_opt import _cpu
-
-
-State = dict[str, torch.Tensor]
 
 
 class Ran(NamedTuple):
@@ -43,16 +44,34 @@ class FusedStep(torch.optim.Optimizer):
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
     _last_ran: Ran | None = None  # the newest native call: for tests and reports, to prove which code ran
 
+    if TYPE_CHECKING:
+
+        def __init__(self, params: ParamsT, *args: Any, state_dtype: torch.dtype | None = None, **options: Any) -> None: ...
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_torch_class" in cls.__dict__:
-            cls.__init__ = _with_complete_errors(cls._torch_class.__init__)  # type: ignore[method-assign]
+            cls.__init__ = _extended(cls._torch_class.__init__)  # type: ignore[method-assign]
 
     def add_param_group(self, param_group: Group) -> None:
         try:
+            if isinstance(param_group, dict):
+                check_state_dtype(param_group.get("state_dtype"))
             super().add_param_group(param_group)
         except (TypeError, ValueError) as error:
             raise completed(error) from None
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """As torch's, but states that were saved wider than their parameter keep every bit.
+
+        A state gets the dtype of the group's `state_dtype` if there is one, otherwise the saved one if it is wider than the parameter's,
+        otherwise the parameter's. As with every option, the saved groups' `state_dtype` counts; where they have none, this optimizer's.
+
+        Raises:
+            ValueError: the groups do not fit, or a `state_dtype` is none that this version has. Nothing has been changed then.
+        """
+        with keeping_dtypes(self):
+            super().load_state_dict(state_dict)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -65,7 +84,8 @@ class FusedStep(torch.optim.Optimizer):
 
         Raises:
             KeyError: an option that needs a state was switched on after the first step.
-            RuntimeError: a state does not fit its parameter. Nothing has been changed then.
+            RuntimeError: a state does not fit its parameter; a gradient or parameter is one that torch refuses, too (sparse where that is
+                not supported, of a dtype that cannot be mixed, expanded, made in inference mode). Nothing has been changed then.
         """
         # torch wraps the step of every optimizer class in code that names it to the profiler and calls hooks. That costs as much as the
         # rest of a small step (10 to 25 us of 50), so it is entered only where somebody is listening. A subclass with a step of its own
@@ -93,22 +113,38 @@ class FusedStep(torch.optim.Optimizer):
         return loss
 
 
-# Of each optimizer, by group index and states: what a step has allocated and verified, for the next one to use. Not an attribute of the
-# optimizer, whose copies and pickles must not have it.
-_batches: weakref.WeakKeyDictionary[FusedStep, dict[tuple[int, tuple[str, ...]], _cpu.Batch]] = weakref.WeakKeyDictionary()
+@dataclass(slots=True)
+class _Kept:
+    """What a step has allocated and verified, for the next one to use."""
+
+    batches: dict[tuple[int, tuple[str, ...]], _cpu.Batch] = field(default_factory=dict)  # by group index and states
+    sharing: _cpu.Sharing | None = None
+
+
+# Of each optimizer. Not an attribute of it, whose copies and pickles must not have it.
+_kept: weakref.WeakKeyDictionary[FusedStep, _Kept] = weakref.WeakKeyDictionary()
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(FusedStep._step)
-_HOOKS_CODE = _step_with_hooks.__code__
 
 
-def _with_complete_errors(torch_init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(torch_init)  # keeps the signature for those who inspect it
-    def __init__(self: FusedStep, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+def _extended(torch_init: Callable[..., None]) -> Callable[..., None]:
+    """Torch's constructor with our options after its own, and with complete error messages."""
+
+    @functools.wraps(torch_init)
+    def __init__(self: FusedStep, *args: Any, state_dtype: torch.dtype | None = None, **kwargs: Any) -> None:  # noqa: N807
         try:
+            check_state_dtype(state_dtype)
             torch_init(self, *args, **kwargs)
         except (TypeError, ValueError) as error:
             raise completed(error) from None
+        if state_dtype is not None:
+            self.defaults["state_dtype"] = state_dtype
+            for group in self.param_groups:
+                group.setdefault("state_dtype", state_dtype)
 
+    signature = inspect.signature(torch_init)
+    option = inspect.Parameter("state_dtype", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.dtype | None")
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
     return __init__
 
 
@@ -131,40 +167,52 @@ class Plan:
     optimizer: FusedStep
     backend: Native
     groups: list[GroupPlan]
+    sharing: _cpu.Sharing | None  # None if nothing is native
 
     def run(self) -> None:
-        """Do it: unscale, then torch's share, then the native one."""
+        """Do it: torch's share, then the native one."""
         attributes = self.optimizer.__dict__
         native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
+        grad_scale: torch.Tensor | None = None
         if "found_inf" in attributes and native_groups:
             # Set by GradScaler on optimizers made with fused=True, as torch's fused step expects them.
             found_inf, grad_scale = attributes["found_inf"], attributes.get("grad_scale")
             if found_inf is not None and found_inf.item():
                 return
-            if grad_scale is not None:
-                _unscale(self.optimizer, grad_scale)
+        fallback.check(self.optimizer, self.groups)
         new_states = [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
-        _torch_step(self.optimizer, self.groups)
+        for _, batch in native_groups:
+            # For autograd, whose checks do not see our writes. Refuses inference tensors, so it comes before the first write.
+            increment_version(_without_inference(batch.written) if torch.is_inference_mode_enabled() else batch.written)
+        fallback.step(self.optimizer, self.groups, grad_scale)
+        if grad_scale is not None:
+            for group, batch in native_groups:
+                params = group.group["params"]
+                if fallback.unscale([params[i] for i in batch.indices], grad_scale):
+                    batch.gather(list(params), self.optimizer.state)
+        in_order = self.sharing is not None and self.sharing.found([batch for _, batch in native_groups])
         for (group, batch), states in zip(native_groups, new_states, strict=True):
-            if batch.shares_memory():
+            if in_order:
                 self._run_in_order(group.group, batch)
             else:
                 self._run_batch(group.group, batch, group.programs, states)
 
     def release(self) -> None:
-        """Drop every reference to tensors, and keep the batches for the next step."""
-        kept = _batches.setdefault(self.optimizer, {})
-        kept.clear()  # of groups and states that are no longer
+        """Drop every reference to tensors, and keep what was allocated for the next step."""
+        kept = _kept.setdefault(self.optimizer, _Kept())
+        kept.sharing = self.sharing
+        kept.batches.clear()  # of groups and states that are no longer
         for index, group in enumerate(self.groups):
             if group.batch is not None:
                 group.batch.clear()
-                kept[index, group.slots] = group.batch
+                kept.batches[index, group.slots] = group.batch
 
     def _run_in_order(self, group: Group, batch: _cpu.Batch) -> None:
         """A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop."""
         rule, state, params = self.optimizer._rule, self.optimizer.state, group["params"]
-        stateless = set(batch.missing)
-        for i in batch.indices:
+        batch.gather(list(params), state)  # groups before this one may have changed it
+        indices, stateless = batch.indices, set(batch.missing)
+        for i in indices:
             if i in stateless and not rule.zero_states:  # torch decides which buffers are new before the first update
                 for slot in rule.slots(group):
                     state[params[i]].pop(slot, None)
@@ -175,16 +223,15 @@ class Plan:
     def _run_batch(self, group: Group, batch: _cpu.Batch, programs: Sequence[Program], new_states: Sequence[State]) -> None:
         rule = self.optimizer._rule
         if new_states:
-            for n, (i, new_state) in enumerate(zip(batch.missing, new_states, strict=True)):
+            for n, (i, states) in enumerate(zip(batch.missing, new_states, strict=True)):
                 state = self.optimizer.state[group["params"][i]]
-                state.update(new_state)
+                state.update(states)
                 batch.adopt(n, state)
             programs = _programs(rule, group, batch)
         self.optimizer._last_ran = Ran(*batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads()))
-        increment_version(batch.written)
 
     def _new_states(self, group: Group, missing: Sequence[int]) -> list[State]:
-        return [_new_state(self.optimizer._rule, group, group["params"][i]) for i in missing]
+        return [new_state(self.optimizer._rule, group, group["params"][i]) for i in missing]
 
 
 def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
@@ -193,7 +240,10 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
     With `assume_grad`, parameters without a gradient are treated as if they had one of their own layout.
     """
     backend = native()
-    groups = [_plan_group(optimizer, backend, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
+    # Taken out while in use: another thread, or explain(), must not find a batch whose kernels are running.
+    kept = _kept.pop(optimizer, None) or _Kept()
+    groups = [_plan_group(optimizer, backend, kept, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
+    sharing = backend.module and (kept.sharing or backend.module.Sharing())
     if backend.forced:
         for i, group in enumerate(groups):
             for index, reason in group.declined:
@@ -201,10 +251,10 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
                     f"FUSED_OPT_BACKEND=cpu, but parameter {index} of group {i} cannot be served: {reason}; "
                     "unset it to let torch's own step serve this parameter"
                 )
-    return Plan(optimizer, backend, groups)
+    return Plan(optimizer, backend, groups, sharing)
 
 
-def _plan_group(optimizer: FusedStep, backend: Native, index: int, group: Group, assume_grad: bool) -> GroupPlan:
+def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, group: Group, assume_grad: bool) -> GroupPlan:
     params = group["params"]
     reason = _why_not_native(backend, group)
     if reason:
@@ -212,11 +262,13 @@ def _plan_group(optimizer: FusedStep, backend: Native, index: int, group: Group,
         return GroupPlan(group, (), None, (), (), [(i, reason) for i in with_grad])
     rule = optimizer._rule
     slots = rule.slots(group)
-    # Taken out while in use: another thread, or explain(), must not find a batch whose kernels are running.
-    kept = _batches.get(optimizer, {}).pop((index, slots), None)
-    batch: _cpu.Batch = kept or backend.module.Batch(slots, rule.counter)
+    batch: _cpu.Batch = kept.batches.get((index, slots)) or backend.module.Batch(slots, rule.counter)
     batch.gather(params if type(params) is list else list(params), optimizer.state, assume_grad)
     missing = batch.missing
+    for i in batch.mixed:
+        check_gradient_dtype(rule, group, i, params[i])
+    for i in missing:
+        dtype_of_new_states(rule, group, params[i])
     try:
         programs = _programs(rule, group, batch)
         if missing:  # compute theirs too, to fail before anything is written
@@ -241,64 +293,5 @@ def _programs(rule: Rule, group: Group, batch: _cpu.Batch) -> list[Program]:
     return [rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts]
 
 
-def _new_state(rule: Rule, group: Group, param: torch.Tensor) -> State:
-    """States as torch's own step creates them for `param`'s first gradient."""
-    state = {}
-    if rule.counter:
-        wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-        state[rule.counter] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
-    new = torch.zeros_like if rule.zero_states else torch.empty_like
-    for slot in rule.slots(group):
-        state[slot] = new(param, memory_format=torch.preserve_format, requires_grad=False)
-    return state
-
-
-@torch.no_grad()
-def _unscale(optimizer: FusedStep, grad_scale: torch.Tensor) -> None:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None:
-                param.grad.div_(grad_scale.to(param.grad.device))
-
-
-def _torch_step(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
-    """Let torch step the parameters that the native code declined."""
-    for group in groups:
-        if group.declined:
-            break
-    else:
-        return
-    step: Any = optimizer._torch_class.step
-    while step.__code__ is _HOOKS_CODE:  # hooks and profiling have been entered already, by our own step
-        step = step.__wrapped__
-    with _only_declined(optimizer, groups):
-        step(optimizer)
-
-
-@contextlib.contextmanager
-def _only_declined(optimizer: FusedStep, groups: list[GroupPlan]) -> Iterator[None]:
-    """Show the optimizer to torch's step without the parameters that the native code serves."""
-    if all(group.batch is None for group in groups):
-        yield
-        return
-    attributes: dict[str, Any] = optimizer.__dict__
-    original = optimizer.param_groups
-    amp = {name: attributes.pop(name) for name in ("found_inf", "grad_scale") if name in attributes}  # dealt with already
-    optimizer.param_groups = [{**g.group, "params": params, **options} for g in groups for params, options in _torch_share(g)]
-    try:
-        yield
-    finally:
-        optimizer.param_groups = original
-        for name, value in amp.items():
-            setattr(optimizer, name, value)
-
-
-def _torch_share(plan: GroupPlan) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
-    params = [plan.group["params"][index] for index, _ in plan.declined]
-    on_cpu = [p for p in params if p.device.type == "cpu"]
-    elsewhere = [p for p in params if p.device.type != "cpu"]
-    if on_cpu:
-        # torch's fused CPU kernels misread strides and lose 16-bit updates (pytorch 191763): the for-loop is the one to trust.
-        yield on_cpu, {option: False for option in ("foreach", "fused") if option in plan.group}
-    if elsewhere:
-        yield elsewhere, {}
+def _without_inference(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors if not tensor.is_inference()]

@@ -1,4 +1,5 @@
-// Compiled once per ISA, each time with its own flags and FUSED_OPT_ISA: instantiates every rule x flags x dtype and lists them.
+// Compiled once per ISA, each time with its own flags and FUSED_OPT_ISA: instantiates every rule x flags x format and every codec x
+// precision, and lists them.
 #include <utility>  // integer_sequence: a type, no code
 
 #include "codec.h"
@@ -14,11 +15,21 @@ struct Kernels;
 // Indexed by flags.
 template <template <class, unsigned> class Rule, unsigned... kFlags>
 struct Kernels<Rule, std::integer_sequence<unsigned, kFlags...>> {
-  static constexpr KernelsByDtype list[] = {{{update<Rule<float, kFlags>, Plain<float>>, update<Rule<double, kFlags>, Plain<double>>}}...};
+  // The members in the order of Format.
+  static constexpr KernelsByFormat list[] = {
+      {{update<Rule<float, kFlags>>, update<Rule<double, kFlags>>, update_coded<Rule<float, kFlags>, BFloat16>,
+        update_coded<Rule<float, kFlags>, Float16>}}...};
 };
 
 template <template <class, unsigned> class Rule, unsigned kFlagCombinations>
-constexpr const KernelsByDtype* kernels = Kernels<Rule, std::make_integer_sequence<unsigned, kFlagCombinations>>::list;
+constexpr const KernelsByFormat* kernels = Kernels<Rule, std::make_integer_sequence<unsigned, kFlagCombinations>>::list;
+
+// In the order of Format.
+template <class Real>
+constexpr CodecsByFormat codecs = {
+    {kCodec<Real, Plain<float>>, kCodec<Real, Plain<double>>, kCodec<Real, BFloat16>, kCodec<Real, Float16>}};
+
+constexpr CodecsByFormat codecs_by_precision[] = {codecs<float>, codecs<double>};
 
 }  // namespace
 
@@ -27,6 +38,6 @@ constexpr const KernelsByDtype* kernels = Kernels<Rule, std::make_integer_sequen
 
 extern const KernelTable kernel_table;
 const KernelTable kernel_table = {FUSED_OPT_NAME(FUSED_OPT_ISA), kernels<Adam, adam::kFlagCombinations>,
-                                  kernels<RMSprop, rmsprop::kFlagCombinations>, kernels<SGD, sgd::kFlagCombinations>};
+                                  kernels<RMSprop, rmsprop::kFlagCombinations>, kernels<SGD, sgd::kFlagCombinations>, codecs_by_precision};
 
 }  // namespace fused_opt::FUSED_OPT_ISA

@@ -1,4 +1,4 @@
-// Runs every kernel of several ISAs on the same data and compares the bits of everything they may write.
+// Runs every kernel and codec of several ISAs on the same data and compares the bits of everything they may write.
 //
 //   isa_bits ISA...   (of: scalar, and on x86-64 avx2 and avx512; the first is the reference)
 //
@@ -33,7 +33,7 @@ constexpr int64_t kMaxLength = 4099;
 constexpr int64_t kGuard = 32;  // elements after the last that must stay as they are
 constexpr int kSteps = 4;
 constexpr int kArrays = 1 + kMaxStates;  // param and the states, used or not
-constexpr int kLayouts = 3;              // every base pointer at a 64-byte boundary, every one an element past it, each elsewhere
+constexpr int kPlacements = 3;           // every base pointer at a 64-byte boundary, every one an element past it, each elsewhere
 
 struct Isa {
   const char* name;
@@ -83,7 +83,7 @@ void sgd_scalars(int step, double* s) {
 
 struct Rule {
   const char* name;
-  const KernelsByDtype* KernelTable::* kernels;
+  const KernelsByFormat* KernelTable::* kernels;
   unsigned flag_combinations;
   void (*scalars)(int step, double* s);
 } constexpr kRules[] = {
@@ -92,13 +92,6 @@ struct Rule {
     {"sgd", &KernelTable::sgd, sgd::kFlagCombinations, sgd_scalars},
 };
 
-template <class T>
-uint64_t bits(T x) {  // the same for every NaN
-  uint64_t b = x == x ? 0 : ~uint64_t(0);
-  if (x == x) memcpy(&b, &x, sizeof x);
-  return b;
-}
-
 uint64_t mix(uint64_t x) {  // splitmix64
   x += 0x9e3779b97f4a7c15;
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
@@ -106,80 +99,136 @@ uint64_t mix(uint64_t x) {  // splitmix64
   return x ^ x >> 31;
 }
 
-// Of 64 values 56 of ordinary size, 4 of any magnitude, and a subnormal, a zero, an infinity and a NaN.
-template <class T>
-T value(uint64_t seed, bool seldom_negative) {
-  constexpr int kFractionBits = sizeof(T) == 4 ? 23 : 52, kMaxExponent = sizeof(T) == 4 ? 255 : 2047;
-  const uint64_t random = mix(seed), kind = random >> 58;
-  const bool negative = (random >> 55 & (seldom_negative ? 7 : 1)) == 0;
-  uint64_t exponent = kind < 56 ? kMaxExponent / 2 - 9 + random % 13 : 1 + random % (kMaxExponent - 1);
-  if (kind >= 60) exponent = kind < 62 ? 0 : kMaxExponent;
-  const uint64_t fraction = kind == 61 || kind == 62 ? 0 : mix(random) >> (64 - kFractionBits) | 1;
-  const uint64_t all = uint64_t(negative) << (8 * sizeof(T) - 1) | exponent << kFractionBits | fraction;
-  T x;
-  memcpy(&x, &all, sizeof x);  // little-endian
-  return x;
-}
+// Sign, exponent and fraction of a Format, and numbers of it as bits.
+struct Layout {
+  int bytes, fraction_bits, exponent_bits;
 
-template <class T>
-struct Test {
-  T start[kArrays][kMaxLength + kGuard], grad[kSteps][kMaxLength], reference[kArrays][kMaxLength + kGuard];
-  alignas(64) T memory[kArrays + 1][(kMaxLength + kGuard + kArrays + 63) / 64 * 64];  // the last one is the gradient
+  uint64_t max_exponent() const { return (uint64_t(1) << exponent_bits) - 1; }
+  bool is_nan(uint64_t x) const { return (x & ~sign()) > max_exponent() << fraction_bits; }
+  uint64_t sign() const { return uint64_t(1) << (8 * bytes - 1); }
+
+  uint64_t read(const char* array, int64_t i) const {  // the same for every NaN
+    uint64_t x = 0;
+    memcpy(&x, array + i * bytes, bytes);  // little-endian
+    return is_nan(x) ? ~uint64_t(0) : x;
+  }
+  void write(char* array, int64_t i, uint64_t x) const { memcpy(array + i * bytes, &x, bytes); }
+
+  // Of 64 values 56 of ordinary size, 4 of any magnitude, and a subnormal, a zero, an infinity and a NaN.
+  uint64_t value(uint64_t seed, bool seldom_negative) const {
+    const uint64_t random = mix(seed), kind = random >> 58;
+    const bool negative = (random >> 55 & (seldom_negative ? 7 : 1)) == 0;
+    uint64_t exponent = kind < 56 ? max_exponent() / 2 - 9 + random % 13 : 1 + random % (max_exponent() - 1);
+    if (kind >= 60) exponent = kind < 62 ? 0 : max_exponent();
+    const uint64_t fraction = kind == 61 || kind == 62 ? 0 : mix(random) >> (64 - fraction_bits) | 1;
+    return (negative ? sign() : 0) | exponent << fraction_bits | fraction;
+  }
+} constexpr kLayouts[kFormats] = {{4, 23, 8}, {8, 52, 11}, {2, 7, 8}, {2, 10, 5}};  // in the order of Format
+
+struct Count {
   long long compared = 0, differing = 0;
 
-  Test() {
-    uint64_t seed = 0;
-    for (int a = 0; a < kArrays; ++a)  // second moments are among the states
-      for (T& x : start[a]) x = value<T>(++seed, a > 0);
-    for (auto& step : grad)
-      for (T& x : step) x = value<T>(++seed, false);
+  void compare(uint64_t actual, uint64_t expected) {
+    ++compared;
+    differing += actual != expected;
   }
-
-  T* base(int array, int layout) { return memory[array] + (layout == 2 ? array : layout); }
-
-  void run_steps(const Rule& rule, Kernel kernel, int64_t length, int layout) {
-    for (int a = 0; a < kArrays; ++a) memcpy(base(a, layout), start[a], (length + kGuard) * sizeof(T));
-    for (int step = 0; step < kSteps; ++step) {
-      memcpy(base(kArrays, layout), grad[step], length * sizeof(T));
-      double scalars[32];
-      rule.scalars(step, scalars);
-      Run run = {base(0, layout), base(kArrays, layout), {}, length};
-      for (int s = 0; s < kMaxStates; ++s) run.states[s] = base(1 + s, layout);
-      kernel(scalars, run);
-    }
-  }
-
-  // One kernel, for every ISA, length and layout; prints one line.
-  void check(const Rule& rule, unsigned flags, Dtype dtype, const std::vector<Isa>& isas) {
-    const long long compared_before = compared, differing_before = differing;
-    for (const Isa& isa : isas) {
-      const Kernel kernel = (isa.table->*rule.kernels)[flags].at[static_cast<int>(dtype)];
-      if (&isa == &isas[0]) {
-        run_steps(rule, kernel, kMaxLength, 0);
-        for (int a = 0; a < kArrays; ++a) memcpy(reference[a], base(a, 0), sizeof reference[a]);
-      }
-      for (int64_t length : kLengths)
-        for (int layout = 0; layout < kLayouts; ++layout) {
-          run_steps(rule, kernel, length, layout);
-          for (int a = 0; a < kArrays; ++a)
-            for (int64_t i = 0; i < length + kGuard; ++i, ++compared)
-              differing += bits(base(a, layout)[i]) != bits(i < length ? reference[a][i] : start[a][i]);
-        }
-    }
-    unsigned long long hash = 0;
-    size_t nans = 0;
-    for (auto& array : reference)
-      for (T x : array) {
-        hash = mix(hash ^ bits(x));
-        nans += x != x;
-      }
-    printf("%-8s flags %2u  float%zu  %lld of %lld differ  hash %016llx  NaN %zu%%\n", rule.name, flags, 8 * sizeof(T),
-           differing - differing_before, compared - compared_before, hash, 100 * sizeof(T) * nans / sizeof reference);
-  }
+  Count operator-(const Count& o) const { return {compared - o.compared, differing - o.differing}; }
 };
 
-Test<float> test32;
-Test<double> test64;
+void print_line(const char* what, const char* format, const Count& count, uint64_t hash) {
+  printf("%-24s %-8s  %lld of %lld differ  hash %016llx\n", what, format, count.differing, count.compared, (unsigned long long)hash);
+}
+
+alignas(64) char memory[kArrays + 1][(kMaxLength + kGuard + kArrays + 63) / 64 * 64 * 8];  // the last one is the gradient
+char start[kArrays][(kMaxLength + kGuard) * 8], grads[kSteps][kMaxLength * 8], reference[kArrays][(kMaxLength + kGuard) * 8];
+
+char* base(int array, int placement, int bytes) { return memory[array] + bytes * (placement == 2 ? array : placement); }
+
+void make_data(const Layout& layout) {
+  uint64_t seed = 0;
+  for (int a = 0; a < kArrays; ++a)  // second moments are among the states
+    for (int64_t i = 0; i < kMaxLength + kGuard; ++i) layout.write(start[a], i, layout.value(++seed, a > 0));
+  for (auto& step : grads)
+    for (int64_t i = 0; i < kMaxLength; ++i) layout.write(step, i, layout.value(++seed, false));
+}
+
+void run_steps(const Rule& rule, Kernel kernel, int bytes, int64_t length, int placement) {
+  for (int a = 0; a < kArrays; ++a) memcpy(base(a, placement, bytes), start[a], (length + kGuard) * bytes);
+  for (int step = 0; step < kSteps; ++step) {
+    memcpy(base(kArrays, placement, bytes), grads[step], length * bytes);
+    double scalars[32];
+    rule.scalars(step, scalars);
+    Run run = {};
+    run.count = length;
+    run.operands[kParam] = base(0, placement, bytes);
+    run.operands[kGrad] = base(kArrays, placement, bytes);
+    for (int s = 0; s < kMaxStates; ++s) run.operands[kFirstState + s] = base(1 + s, placement, bytes);
+    kernel(scalars, run);
+  }
+}
+
+// One kernel, for every ISA, length and placement of the arrays; prints one line.
+void check_kernel(const Rule& rule, unsigned flags, int format, const std::vector<Isa>& isas, Count& count) {
+  const Layout& layout = kLayouts[format];
+  const Count before = count;
+  for (const Isa& isa : isas) {
+    const Kernel kernel = (isa.table->*rule.kernels)[flags].at[format];
+    if (&isa == &isas[0]) {
+      run_steps(rule, kernel, layout.bytes, kMaxLength, 0);
+      for (int a = 0; a < kArrays; ++a) memcpy(reference[a], base(a, 0, layout.bytes), (kMaxLength + kGuard) * layout.bytes);
+    }
+    for (int64_t length : kLengths)
+      for (int placement = 0; placement < kPlacements; ++placement) {
+        run_steps(rule, kernel, layout.bytes, length, placement);
+        for (int a = 0; a < kArrays; ++a)
+          for (int64_t i = 0; i < length + kGuard; ++i)
+            count.compare(layout.read(base(a, placement, layout.bytes), i), layout.read(i < length ? reference[a] : start[a], i));
+      }
+  }
+  uint64_t hash = 0;
+  for (auto& array : reference)
+    for (int64_t i = 0; i < kMaxLength + kGuard; ++i) hash = mix(hash ^ layout.read(array, i));
+  char what[32];
+  snprintf(what, sizeof what, "%s flags %u", rule.name, flags);
+  print_line(what, kFormatNames[format], count - before, hash);
+}
+
+// One codec, both ways, densely packed and with gaps. 16-bit formats: all values, and for each of them the reals around the midpoint
+// between it and the next one, where rounding turns.
+void check_codec(int precision, int format, const std::vector<Isa>& isas, Count& count) {
+  const Layout &stored = kLayouts[format], &real = kLayouts[precision];
+  const int64_t n = 65536, strides[] = {1, 3};
+  const int shift = real.fraction_bits - 12;  // beyond the longest 16-bit fraction
+  const Count before = count;
+  std::vector<char> values(n * stored.bytes), reals(n * real.bytes), decoded(n * real.bytes), encoded(n * stored.bytes);
+  std::vector<char> spread(3 * n * stored.bytes), out(n * 8);
+  for (int64_t i = 0; i < n; ++i) {
+    stored.write(values.data(), i, stored.bytes == 2 ? i : stored.value(i, false));
+    const uint64_t random = mix(i + n), upper = (random >> 40) << shift;
+    const uint64_t near_tie = (random & 3) == 0 ? random >> 2 & ((1u << 12) - 1) : (random & 1);
+    const uint64_t any = (real.value(i, false) & ~((uint64_t(1) << shift) - 1)) ^ (upper & ((uint64_t(1) << real.fraction_bits) - 1));
+    real.write(reals.data(), i, any ^ near_tie);
+  }
+  uint64_t hash = 0;
+  for (const Isa& isa : isas) {
+    const Codec& codec = isa.table->codecs[precision].at[format];
+    for (int64_t length : {n, int64_t(1), int64_t(7), int64_t(37)})
+      for (int64_t stride : strides) {
+        for (int64_t i = 0; i < length; ++i) memcpy(&spread[i * stride * stored.bytes], &values[i * stored.bytes], stored.bytes);
+        codec.decode(spread.data(), stride, out.data(), length);
+        if (&isa == &isas[0] && length == n && stride == 1) memcpy(decoded.data(), out.data(), decoded.size());
+        for (int64_t i = 0; i < length; ++i) count.compare(real.read(out.data(), i), real.read(decoded.data(), i));
+        codec.encode(reals.data(), spread.data(), stride, length);
+        for (int64_t i = 0; i < length; ++i) memcpy(&out[i * stored.bytes], &spread[i * stride * stored.bytes], stored.bytes);
+        if (&isa == &isas[0] && length == n && stride == 1) memcpy(encoded.data(), out.data(), encoded.size());
+        for (int64_t i = 0; i < length; ++i) count.compare(stored.read(out.data(), i), stored.read(encoded.data(), i));
+      }
+  }
+  for (int64_t i = 0; i < n; ++i) hash = mix(mix(hash ^ real.read(decoded.data(), i)) ^ stored.read(encoded.data(), i));
+  char what[32];
+  snprintf(what, sizeof what, "codec of %s", kFormatNames[precision]);
+  print_line(what, kFormatNames[format], count - before, hash);
+}
 
 }  // namespace
 
@@ -194,21 +243,22 @@ int main(int argc, char** argv) {
     return 2;
   }
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq");
-  printf("CPU has avx2 and fma: %s, avx512 f, vl, bw and dq: %s; ", avx2 ? "yes" : "no", avx512 ? "yes" : "no");
+  printf("CPU has avx2, fma and f16c: %s, avx512 f, vl, bw and dq: %s; ", avx2 ? "yes" : "no", avx512 ? "yes" : "no");
 #endif
   printf("running:");
   for (const Isa& isa : isas) printf(" %s", isa.name);
   printf("\n");
 
-  for (const Rule& rule : kRules)
-    for (unsigned flags = 0; flags < rule.flag_combinations; ++flags) {
-      test32.check(rule, flags, Dtype::kFloat32, isas);
-      test64.check(rule, flags, Dtype::kFloat64, isas);
-    }
-  const long long compared = test32.compared + test64.compared, differing = test32.differing + test64.differing;
-  printf("%lld compared, %lld differing\n", compared, differing);
-  return differing != 0;
+  Count count;
+  for (int format = 0; format < kFormats; ++format) {
+    make_data(kLayouts[format]);
+    for (const Rule& rule : kRules)
+      for (unsigned flags = 0; flags < rule.flag_combinations; ++flags) check_kernel(rule, flags, format, isas, count);
+    for (int precision = 0; precision < kPrecisions; ++precision) check_codec(precision, format, isas, count);
+  }
+  printf("%lld compared, %lld differing\n", count.compared, count.differing);
+  return count.differing != 0;
 }

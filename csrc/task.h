@@ -1,0 +1,30 @@
+// One parameter's update as the threads see it: a kernel, and where its operands lie.
+#pragma once
+
+#include <cstdint>
+
+#include "request.h"
+#include "walk.h"
+
+namespace fused_opt {
+
+struct Operand {
+  void* data;
+  Format format;
+};
+
+struct Task {
+  Kernel kernel;
+  Format format;  // the kernel's; its precision's own if the operands' formats differ or there is a walk
+  const double* scalars;
+  const CodecsByFormat* codecs;  // of the precision
+  int operand_count;
+  const Operand* operands;  // parameter, gradient, states
+  const Walk* walk;         // null if all operands are densely packed in the same order
+  int64_t count;            // real numbers in each operand
+
+  // Updates the elements [begin, end) of the walk.
+  void run(int64_t begin, int64_t end) const;
+};
+
+}  // namespace fused_opt

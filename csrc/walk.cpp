@@ -1,0 +1,67 @@
+#include "walk.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace fused_opt {
+
+Walk::Walk(const TensorInfo* const* tensors, int count) {
+  const TensorInfo& first = *tensors[0];
+  std::vector<int32_t> dims(static_cast<size_t>(first.ndim));
+  std::iota(dims.begin(), dims.end(), 0);
+  dims.erase(std::remove_if(dims.begin(), dims.end(), [&](int32_t d) { return first.shape[d] == 1; }), dims.end());
+  std::stable_sort(dims.begin(), dims.end(), [&](int32_t a, int32_t b) { return first.strides[a] > first.strides[b]; });
+
+  const int64_t reals = first.kind == 'c' ? 2 : 1;  // to each element
+  std::vector<std::vector<int64_t>> strides(static_cast<size_t>(count));
+  const auto append = [&](int64_t size, auto stride_of) {
+    bool joins = !sizes_.empty();
+    for (int k = 0; k < count && joins; ++k) joins = strides[k].back() == stride_of(k) * size;
+    if (joins) {
+      sizes_.back() *= size;
+      for (int k = 0; k < count; ++k) strides[k].back() = stride_of(k);
+    } else {
+      sizes_.push_back(size);
+      for (int k = 0; k < count; ++k) strides[k].push_back(stride_of(k));
+    }
+  };
+  for (const int32_t d : dims) append(first.shape[d], [&](int k) { return tensors[k]->strides[d] * reals; });
+  if (reals > 1 || sizes_.empty()) append(reals, [](int) { return int64_t(1); });
+
+  ndim_ = static_cast<int>(sizes_.size());
+  for (int k = 0; k < count; ++k) {
+    strides_.insert(strides_.end(), strides[k].begin(), strides[k].end());
+    int64_t expected = 1;
+    dense_[k] = true;
+    for (int d = ndim_ - 1; d >= 0; --d) {
+      dense_[k] &= strides[k][d] == expected;
+      expected *= sizes_[d];
+    }
+  }
+}
+
+int64_t span(const TensorInfo& t) {
+  int64_t last = 0;
+  for (int32_t d = 0; d < t.ndim; ++d) {
+    if (t.shape[d] == 0) return 0;
+    last += (t.shape[d] - 1) * t.strides[d];
+  }
+  return last + 1;
+}
+
+bool surely_disjoint(const TensorInfo& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int32_t d = 0; d < t.ndim; ++d) {
+    if (t.shape[d] == 0) return true;
+    if (t.shape[d] > 1) dims.emplace_back(t.strides[d], t.shape[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;  // of the smaller strides together
+  for (const auto& [stride, size] : dims) {
+    if (stride <= reach) return false;
+    reach += stride * (size - 1);
+  }
+  return true;
+}
+
+}  // namespace fused_opt
