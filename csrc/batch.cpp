@@ -127,6 +127,7 @@ void Batch::clear() {
   cohorts.clear();
   missing.clear();
   walks.clear();
+  complex.clear();
   mixed.clear();
   declined.clear();
 }
@@ -163,6 +164,7 @@ const char* Batch::classify(PyObject* param, PyObject* grad, Candidate& candidat
   if (!find_format(g, grad_format)) return "the gradient's dtype is neither a floating point nor a complex one";
   if (is_complex(g) != is_complex(p)) return "of parameter and gradient only one is complex";
   if (!same_shape(g, p)) return "the gradient's shape differs from the parameter's";
+  reader_.check_inference(param);
   for (PyObject* tensor : {param, grad}) {
     if (reader_.is_negated(tensor)) return "the parameter or the gradient is lazily negated";
     if (is_complex(p) && reader_.is_conjugated(tensor)) return "the parameter or the gradient is lazily conjugated";
@@ -184,7 +186,8 @@ bool Batch::read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& 
   if (hold.is(tensor)) return reader_.read(tensor, out);
   hold.release();
   if (!reader_.read(tensor, out)) return false;
-  if (out.on_cpu && out.numel() * out.bits / 8 <= kMaxHeldBytes) reader_.hold(tensor, hold);
+  const bool inference = reader_.check_inference(tensor);  // a tensor stays what it is, so what is held has been checked
+  if (!inference && out.on_cpu && out.numel() * out.bits / 8 <= kMaxHeldBytes) reader_.hold(tensor, hold);
   return true;
 }
 
@@ -243,7 +246,7 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
   return true;
 }
 
-void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try {
+bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try {
   clear();
   const bool stateful = !layout_.slots.empty() || layout_.counter != nullptr;
   StateCursor cursor(state);
@@ -261,6 +264,7 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
       declined.emplace_back(i, because);
       continue;
     }
+    const bool complex_valued = is_complex(candidate.param);  // it may be moved from below
     PyObject* const param_state = stateful ? cursor.find(param) : nullptr;
     const bool has_states = param_state != nullptr && PyDict_Check(param_state) && PyDict_GET_SIZE(param_state) > 0;
     // A rule that counts has all its states from the first step on; one that does not (SGD) may be given its buffer late.
@@ -275,12 +279,14 @@ void Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
       }
       entries.push_back(candidate.entry);
     }
+    if (complex_valued) complex.push_back(i);
     if (candidate.entry.operands[kParam].format != candidate.entry.operands[kGrad].format) mixed.push_back(i);
     params.push_back(param);
     indices.push_back(i);
   }
   const size_t positions = static_cast<size_t>(PyList_GET_SIZE(param_list)) * (layout_.slots.size() + 1);
   if (small_states_.size() > positions) small_states_.resize(positions);
+  return !missing.empty() || !declined.empty() || !mixed.empty() || !complex.empty();
 } catch (...) {
   clear();
   throw;

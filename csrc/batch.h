@@ -47,8 +47,8 @@ class Batch {
   // given states, see adopt), or declined (with the reason it cannot be served here). `state` maps parameters to dicts.
   // With assume_grad a parameter without gradient is read as if it had one of its own layout.
   // Throws on what no implementation could use: a state of a wrong shape or kind, a key that is missing, a parameter whose elements share
-  // memory.
-  void gather(PyObject* params, PyObject* state, bool assume_grad);
+  // memory. False if all is as in most steps: nothing is missing, declined, mixed or complex.
+  bool gather(PyObject* params, PyObject* state, bool assume_grad);
 
   // Completes missing parameter number `i` with the dict of states just made for it.
   void adopt(size_t i, PyObject* param_state);
@@ -76,6 +76,7 @@ class Batch {
   std::vector<Candidate> missing;
   std::vector<std::pair<Py_ssize_t, const char*>> declined;
   std::vector<Walk> walks;
+  std::vector<Py_ssize_t> complex;  // indices of those of entries and missing that are complex
   std::vector<Py_ssize_t> mixed;    // indices of parameters of entries and missing whose gradient has another dtype
   std::vector<PyObject*> params;    // of entries and missing, in the order of the list
   std::vector<Py_ssize_t> indices;  // theirs

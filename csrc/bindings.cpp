@@ -75,7 +75,7 @@ py::list to_list(const std::vector<PyObject*>& objects) {
 using Programs = std::vector<std::pair<unsigned, std::vector<double>>>;  // flags and scalars, one pair a cohort
 
 // Returns what ran, as told by the code that did it: the instruction set is the name compiled into the kernels' own object file, and the
-// number of threads is OpenMP's own.
+// number of threads is OpenMP's own; 0 if there was nothing to do.
 std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, const Programs& programs, const std::string& isa_name,
                                 int max_threads) {
   const RuleInfo& rule = find_rule(rule_name);
@@ -97,6 +97,7 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
     const Walk* const walk = entry.walk < 0 ? nullptr : &batch.walks[static_cast<size_t>(entry.walk)];
     tasks.push_back({kernel, format, scalars.data(), codecs, batch.operand_count(), entry.operands, walk, entry.count});
   }
+  if (tasks.empty()) return {isa.kernels->isa, 0};
   int threads;
   {
     py::gil_scoped_release release;
@@ -132,7 +133,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def(
           "gather",
           [](Batch& self, const py::list& params, const py::dict& state, bool assume_grad) {
-            self.gather(params.ptr(), state.ptr(), assume_grad);
+            return self.gather(params.ptr(), state.ptr(), assume_grad);
           },
           py::arg("params"), py::arg("state"), py::arg("assume_grad") = false)
       .def("adopt", [](Batch& self, size_t i, const py::dict& state) { self.adopt(i, state.ptr()); })
@@ -145,6 +146,7 @@ PYBIND11_MODULE(_cpu, m) {
                                return indices;
                              })
       .def_property_readonly("indices", [](const Batch& self) { return self.indices; })
+      .def_property_readonly("complex", [](const Batch& self) { return self.complex; })
       .def_property_readonly("mixed", [](const Batch& self) { return self.mixed; })
       .def_property_readonly("declined", [](const Batch& self) { return self.declined; })
       .def_property_readonly("cohorts",

@@ -102,6 +102,8 @@ TensorReader::TensorReader() {
   };
   is_neg_ = question("is_neg");
   is_conj_ = question("is_conj");
+  is_inference_ = question("is_inference");
+  is_inference_mode_enabled_ = py::object(torch.attr("is_inference_mode_enabled")).release().ptr();
 
   const py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
   if (capsule.is_none()) return;
@@ -182,6 +184,15 @@ bool TensorReader::read_by_methods(PyObject* object, TensorInfo& out) const {
 PyObject* TensorReader::grad(PyObject* tensor) const {
   // As PyObject_GetAttr(tensor, "grad"), without the search through the type's bases.
   return is_plain(tensor) ? grad_->get(tensor, grad_->closure) : PyObject_GetAttrString(tensor, "grad");
+}
+
+bool TensorReader::check_inference(PyObject* tensor) const {
+  if (!ask(is_inference_, tensor)) return false;
+  if (!py::handle(is_inference_mode_enabled_)().cast<bool>())
+    throw std::runtime_error(
+        "Inplace update to inference tensor outside InferenceMode is not allowed: a parameter, or a state, was made under "
+        "torch.inference_mode(); make it elsewhere, clone() it here, or step in that mode");
+  return true;
 }
 
 bool TensorReader::ask(PyMethodDef* method, PyObject* tensor) {

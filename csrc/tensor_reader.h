@@ -64,6 +64,9 @@ class TensorReader {
   bool is_negated(PyObject* tensor) const { return ask(is_neg_, tensor); }
   bool is_conjugated(PyObject* tensor) const { return ask(is_conj_, tensor); }
 
+  // Throws what torch throws for a write to a tensor that was made in inference mode, if that is off now. Returns whether it was made so.
+  bool check_inference(PyObject* tensor) const;
+
   // "dlpack" (torch's C exchange table) or "data_ptr" (Python methods, for a torch that lacks the table).
   const char* method() const { return fill_dltensor_ ? "dlpack" : "data_ptr"; }
 
@@ -81,7 +84,8 @@ class TensorReader {
   MakeManaged make_managed_ = nullptr;
   PyObject *tensor_type_, *parameter_type_;
   PyGetSetDef* grad_;
-  PyMethodDef *is_neg_, *is_conj_;
+  PyMethodDef *is_neg_, *is_conj_, *is_inference_;
+  PyObject* is_inference_mode_enabled_;
 };
 
 }  // namespace fused_opt

@@ -10,6 +10,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 if TYPE_CHECKING:
+    from fused_opt.rules import Group
     from fused_opt.step import FusedStep, GroupPlan
 
 # What torch wraps around the step of an optimizer class: hooks and the profiler's range.
@@ -17,40 +18,43 @@ _HOOKS_CODE = Optimizer.profile_hook_step(Optimizer.step).__code__
 
 
 def check(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
-    """Raise what torch would raise for a sparse gradient, before anything is written.
+    """Raise, before anything is written, what torch's step would raise for a sparse gradient, or would ignore.
 
-    Such a parameter is not saved for `_undone_on_failure`: it is usually large, and a step touches a few of its rows.
+    A parameter with a sparse gradient is not saved for `_undone_on_failure`: it is usually large, and a step touches a few of its rows.
 
     Raises:
-        RuntimeError: the update cannot be done with a sparse gradient.
+        RuntimeError: the update cannot be done with a sparse gradient; or `state_dtype` is asked for, which torch's step does not have.
     """
-    rule = optimizer._rule
     for number, group in enumerate(groups):
-        for index, _ in group.declined:
-            grad = group.group["params"][index].grad
-            if grad is None or grad.layout == torch.strided:
-                continue
-            where = f"parameter {index} of group {number} has a gradient of layout {grad.layout}"
-            name = optimizer._torch_class.__name__
-            if not rule.sparse:
-                raise RuntimeError(f"{name} does not support sparse gradients: {where}; use SparseAdam, SGD, or sparse=False")
-            if rule.l2(group.group):
-                raise RuntimeError(
-                    f"{name} with weight_decay={group.group['weight_decay']} does not support sparse gradients: {where}; "
-                    "put it in a group with weight_decay=0, or make it with sparse=False"
-                )
+        for index, reason in group.declined:
+            param = group.group["params"][index]
+            where = f"parameter {index} of group {number}"
+            dtype = group.group.get("state_dtype")
+            if dtype not in (None, param.dtype) and optimizer._rule.slots(group.group):
+                raise RuntimeError(f"state_dtype={dtype} cannot be had for {where}, which torch steps: {reason}; put it in a group without")
+            if param.grad is not None and param.grad.layout != torch.strided:
+                _check_sparse(optimizer, group.group, param, f"{where} has a gradient of layout {param.grad.layout}")
+
+
+def _check_sparse(optimizer: FusedStep, group: Group, param: torch.Tensor, what: str) -> None:
+    name, rule = optimizer._torch_class.__name__, optimizer._rule
+    if not rule.sparse:
+        raise RuntimeError(f"{name} does not support sparse gradients: {what}; use SparseAdam, SGD, or sparse=False")
+    option = "weight_decay" if rule.l2(group) else "nesterov" if group.get("nesterov") else ""
+    buffer = optimizer.state.get(param, {}).get("momentum_buffer")
+    if option == "weight_decay" or (option and buffer is not None and buffer.layout == torch.strided):
+        raise RuntimeError(
+            f"{name} with {option}={group[option]} does not support sparse gradients"
+            f"{' once there is a dense momentum buffer' if option == 'nesterov' else ''}: {what}; "
+            f"put it in a group without {option}, or make it with sparse=False"
+        )
 
 
 def step(optimizer: FusedStep, groups: list[GroupPlan], grad_scale: torch.Tensor | None) -> None:
     """Let torch step the parameters that the native code declined. If that fails, they and their states are as before."""
-    if not any(group.declined for group in groups):
-        return
     torch_step: Any = optimizer._torch_class.step
     while torch_step.__code__ is _HOOKS_CODE:  # hooks and profiling have been entered already, by our own step
         torch_step = torch_step.__wrapped__
-    if all(group.batch is None for group in groups):
-        torch_step(optimizer)  # as if it were torch's class
-        return
     params = [group.group["params"][index] for group in groups for index, _ in group.declined]
     with _undone_on_failure(optimizer, params, with_grads=grad_scale is not None), _only_declined(optimizer, groups):
         if grad_scale is not None:
@@ -111,7 +115,10 @@ def _undone_on_failure(optimizer: FusedStep, params: list[torch.Tensor], with_gr
 
 @contextlib.contextmanager
 def _only_declined(optimizer: FusedStep, groups: list[GroupPlan]) -> Iterator[None]:
-    """Show the optimizer to torch's step without the parameters that the native code serves."""
+    """Show the optimizer to torch's step without the parameters that the native code serves; as it is if there are none."""
+    if all(group.batch is None for group in groups):
+        yield
+        return
     attributes: dict[str, Any] = optimizer.__dict__
     original = optimizer.param_groups
     amp = {name: attributes.pop(name) for name in ("found_inf", "grad_scale") if name in attributes}  # dealt with already

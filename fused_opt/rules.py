@@ -79,6 +79,8 @@ def _adamw_program(group: Group, step: float, fresh: bool) -> Program:
 
 
 def _any_adam_program(group: Group, step: float, l2: bool) -> Program:
+    if group.get("foreach") and not isinstance(group["lr"], float | int):
+        raise RuntimeError("lr as a Tensor is not supported for capturable=False and foreach=True; leave foreach out, or set a float")
     lr, weight_decay, (beta1, beta2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
     beta1, beta2 = float(beta1), float(beta2)
     flags = AMSGRAD * bool(group["amsgrad"]) + ADAM_L2 * l2

@@ -107,7 +107,9 @@ def keeping_dtypes(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _dtype_to_load(asked: torch.dtype | None, saved: torch.Tensor, param: torch.Tensor) -> torch.dtype:
-    if not (saved.is_floating_point() and param.is_floating_point()):  # torch casts none of these
+    if saved.is_complex() and param.is_complex():  # torch casts none of these
+        return saved.dtype if asked is None else _COMPLEX.get(asked, saved.dtype)
+    if not (saved.is_floating_point() and param.is_floating_point()):
         return saved.dtype
     if asked is not None:
         return asked

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -42,6 +42,7 @@ class FusedStep(torch.optim.Optimizer):
 
     _rule: ClassVar[Rule]
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
+    _kept: _Kept
     _last_ran: Ran | None = None  # the newest native call: for tests and reports, to prove which code ran
 
     if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class FusedStep(torch.optim.Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined]  # tells torch not to wrap it
 
+    @_disable_dynamo  # torch.compile breaks its graph here; it cannot trace native code (costs 1 us a step)
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -115,14 +117,11 @@ class FusedStep(torch.optim.Optimizer):
 
 @dataclass(slots=True)
 class _Kept:
-    """What a step has allocated and verified, for the next one to use."""
+    """What a step has allocated and verified, for the next one to use. An attribute of the optimizer that torch leaves out of copies."""
 
     batches: dict[tuple[int, tuple[str, ...]], _cpu.Batch] = field(default_factory=dict)  # by group index and states
     sharing: _cpu.Sharing | None = None
 
-
-# Of each optimizer. Not an attribute of it, whose copies and pickles must not have it.
-_kept: weakref.WeakKeyDictionary[FusedStep, _Kept] = weakref.WeakKeyDictionary()
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(FusedStep._step)
 
@@ -167,7 +166,7 @@ class Plan:
     optimizer: FusedStep
     backend: Native
     groups: list[GroupPlan]
-    sharing: _cpu.Sharing | None  # None if nothing is native
+    kept: _Kept
 
     def run(self) -> None:
         """Do it: torch's share, then the native one."""
@@ -179,18 +178,24 @@ class Plan:
             found_inf, grad_scale = attributes["found_inf"], attributes.get("grad_scale")
             if found_inf is not None and found_inf.item():
                 return
-        fallback.check(self.optimizer, self.groups)
+        declines = any(group.declined for group in self.groups)
+        if declines:
+            fallback.check(self.optimizer, self.groups)
         new_states = [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
         for _, batch in native_groups:
-            # For autograd, whose checks do not see our writes. Refuses inference tensors, so it comes before the first write.
-            increment_version(_without_inference(batch.written) if torch.is_inference_mode_enabled() else batch.written)
-        fallback.step(self.optimizer, self.groups, grad_scale)
+            increment_version(batch.written)  # for autograd, whose checks do not see our writes
+        if declines:
+            fallback.step(self.optimizer, self.groups, grad_scale)
         if grad_scale is not None:
             for group, batch in native_groups:
                 params = group.group["params"]
                 if fallback.unscale([params[i] for i in batch.indices], grad_scale):
                     batch.gather(list(params), self.optimizer.state)
-        in_order = self.sharing is not None and self.sharing.found([batch for _, batch in native_groups])
+        if not native_groups:
+            return
+        if self.kept.sharing is None:
+            self.kept.sharing = self.backend.module.Sharing()
+        in_order = self.kept.sharing.found([batch for _, batch in native_groups])
         for (group, batch), states in zip(native_groups, new_states, strict=True):
             if in_order:
                 self._run_in_order(group.group, batch)
@@ -199,13 +204,13 @@ class Plan:
 
     def release(self) -> None:
         """Drop every reference to tensors, and keep what was allocated for the next step."""
-        kept = _kept.setdefault(self.optimizer, _Kept())
-        kept.sharing = self.sharing
+        kept = self.kept
         kept.batches.clear()  # of groups and states that are no longer
         for index, group in enumerate(self.groups):
             if group.batch is not None:
                 group.batch.clear()
                 kept.batches[index, group.slots] = group.batch
+        self.optimizer._kept = kept
 
     def _run_in_order(self, group: Group, batch: _cpu.Batch) -> None:
         """A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop."""
@@ -228,7 +233,9 @@ class Plan:
                 state.update(states)
                 batch.adopt(n, state)
             programs = _programs(rule, group, batch)
-        self.optimizer._last_ran = Ran(*batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads()))
+        isa, threads = batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads())
+        if threads:
+            self.optimizer._last_ran = Ran(isa, threads)
 
     def _new_states(self, group: Group, missing: Sequence[int]) -> list[State]:
         return [new_state(self.optimizer._rule, group, group["params"][i]) for i in missing]
@@ -241,9 +248,8 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
     """
     backend = native()
     # Taken out while in use: another thread, or explain(), must not find a batch whose kernels are running.
-    kept = _kept.pop(optimizer, None) or _Kept()
+    kept = optimizer.__dict__.pop("_kept", None) or _Kept()
     groups = [_plan_group(optimizer, backend, kept, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
-    sharing = backend.module and (kept.sharing or backend.module.Sharing())
     if backend.forced:
         for i, group in enumerate(groups):
             for index, reason in group.declined:
@@ -251,7 +257,7 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
                     f"FUSED_OPT_BACKEND=cpu, but parameter {index} of group {i} cannot be served: {reason}; "
                     "unset it to let torch's own step serve this parameter"
                 )
-    return Plan(optimizer, backend, groups, sharing)
+    return Plan(optimizer, backend, groups, kept)
 
 
 def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, group: Group, assume_grad: bool) -> GroupPlan:
@@ -263,12 +269,19 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, 
     rule = optimizer._rule
     slots = rule.slots(group)
     batch: _cpu.Batch = kept.batches.get((index, slots)) or backend.module.Batch(slots, rule.counter)
-    batch.gather(params if type(params) is list else list(params), optimizer.state, assume_grad)
-    missing = batch.missing
-    for i in batch.mixed:
-        check_gradient_dtype(rule, group, i, params[i])
-    for i in missing:
-        dtype_of_new_states(rule, group, params[i])
+    missing: Sequence[int] = ()
+    declined: Sequence[tuple[int, str]] = ()
+    if batch.gather(params if type(params) is list else list(params), optimizer.state, assume_grad):
+        missing, declined = batch.missing, batch.declined
+        if group.get("fused") and batch.complex:
+            raise RuntimeError(
+                f"`fused=True` requires all the params to be floating point Tensors, but parameter {batch.complex[0]} of group {index} has "
+                f"dtype {params[batch.complex[0]].dtype}; leave fused out: without it, too, the step is fused"
+            )
+        for i in batch.mixed:
+            check_gradient_dtype(rule, group, i, params[i])
+        for i in missing:
+            dtype_of_new_states(rule, group, params[i])
     try:
         programs = _programs(rule, group, batch)
         if missing:  # compute theirs too, to fail before anything is written
@@ -276,7 +289,7 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, 
     except (TypeError, ValueError) as error:
         options = {name: value for name, value in group.items() if name != "params"}
         raise type(error)(f"param group {index} has an option of a value that cannot be used: {error}; its options are {options}") from None
-    return GroupPlan(group, slots, batch, missing, programs, batch.declined)
+    return GroupPlan(group, slots, batch, missing, programs, declined)
 
 
 def _why_not_native(backend: Native, group: Group) -> str:
@@ -291,7 +304,3 @@ def _why_not_native(backend: Native, group: Group) -> str:
 
 def _programs(rule: Rule, group: Group, batch: _cpu.Batch) -> list[Program]:
     return [rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts]
-
-
-def _without_inference(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor for tensor in tensors if not tensor.is_inference()]

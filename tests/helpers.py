@@ -50,6 +50,8 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "
     """Bit for bit, signs of zeros included; any NaN equals any NaN."""
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what
+    if actual.is_complex():
+        actual, expected = torch.view_as_real(actual.detach()), torch.view_as_real(expected.detach())
     as_int = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     a, b = actual.detach().contiguous(), expected.detach().contiguous()
     differ = (a.view(as_int) != b.view(as_int)) & ~(a.isnan() & b.isnan())
