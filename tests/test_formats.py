@@ -177,7 +177,7 @@ def test_gradients_of_another_dtype(name: str, options: dict[str, float], dtype:
             except RuntimeError as error:
                 refused = str(error)
                 break
-            results.append(param.detach().double())
+            results.append(param.detach().double().clone())
         states = {key: value.dtype for key, value in optimizer.state.get(param, {}).items() if key != "step"}
         return refused, results, states
 
