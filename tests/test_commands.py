@@ -30,7 +30,9 @@ def run_code(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_readme_example_runs_and_explains_itself() -> None:
-    (code,) = re.findall(r"<!-- test -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    examples = re.findall(r"<!-- test -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    code = "\n".join(examples)
     result = run_code(code, "-W", "error")
     assert result.returncode == 0, result.stderr
     loss, *explanation = result.stdout.splitlines()

@@ -15,6 +15,7 @@ from helpers import SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_pr
 from rounding import correctly_rounded
 
 SHORT = (torch.bfloat16, torch.float16)
+needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
 
 
 def all_numbers(dtype: torch.dtype) -> torch.Tensor:
@@ -35,6 +36,7 @@ def around_every_tie(dtype: torch.dtype, real: torch.dtype) -> torch.Tensor:
     return torch.cat([values, -values])
 
 
+@needs_grad_dtype
 @pytest.mark.parametrize("isa", SUPPORTED_ISAS)
 @pytest.mark.parametrize("real", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
@@ -158,7 +160,7 @@ MIXED = (
 REALS = (torch.float32, torch.float64, *SHORT)
 
 
-@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
+@needs_grad_dtype
 @pytest.mark.parametrize("grad_dtype", REALS, ids=str)
 @pytest.mark.parametrize("dtype", REALS, ids=str)
 @pytest.mark.parametrize(("name", "options"), MIXED, ids=str)
