@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 DTYPES = (torch.float32, torch.float64)
+SHORT_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""`fused-opt parity`: steps of every optimizer with every option, compared with torch's bit for bit."""
+"""`fused-opt parity`: steps of every optimizer with every option, compared with torch's bit for bit, and in 16 bits with exact ones."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -19,20 +20,29 @@ from rich.progress import track
 import fused_opt
 from fused_opt.arguments import whole_number, writable_file
 from fused_opt.bench import machine, measure, parity_report
-from fused_opt.bench.cases import CASES, DTYPES, Case
-from fused_opt.bench.parity_report import Difference, Row
+from fused_opt.bench.cases import CASES, DTYPES, SHORT_DTYPES, Case
+from fused_opt.bench.exactness import Exactness, Result, compare_step
+from fused_opt.bench.layouts import permuted
+from fused_opt.bench.parity_report import Row
+from fused_opt.bench.problem import Problem, make_problem
 from fused_opt.bench.reference import reference_steps
-from fused_opt.bench.ulp import bits_equal
+from fused_opt.bench.ulp import Difference, bits_equal
 from fused_opt.native import native
 
 HELP = "step every optimizer with every option and compare all bits with torch's; the exit status is 1 if any differs"
 
 OPTIMIZERS = list(dict.fromkeys(case.optimizer for case in CASES))
-DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in (*DTYPES, *SHORT_DTYPES)}
 
 # No element, one, less than a vector, whole vectors, vectors and a tail; together enough for three threads, of which
 # each takes 32,768 elements at least. The two-dimensional ones are transposed: dense, but not contiguous.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (0, 3), (8, 8), (31, 33), (10, 10, 10), (4099,), (100003,))
+
+# Magnitudes of gradients, in powers of ten. Squares of the smallest are below fp32's normal numbers. In 16 bits the promise beside the bits
+# is one about exactness, which fp32 must be able to keep: there the squares are normal numbers, in float16 those of gradients themselves.
+DECADES = {torch.bfloat16: (-12.0, 3.0), torch.float16: (-4.0, 1.0)}
+DEFAULT_DECADES = (-30.0, 3.0)
+ZEROS = 0.05
 
 # Gradients repeat after this many steps, so that many steps need little memory.
 DISTINCT_GRADIENTS = 50
@@ -42,9 +52,6 @@ SEED = 0
 WIDTH = 132
 
 REFUSAL = "fused-opt parity: nothing to compare with torch: "
-
-# For each parameter "param" and its states, by torch's names.
-Result = list[dict[str, torch.Tensor]]
 
 
 class UnprovenError(Exception):
@@ -56,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     optimizers = ", ".join(OPTIMIZERS)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, metavar="NAME", help=f"any of {optimizers} (default: all)", **several)
-    parser.add_argument("--dtype", choices=DTYPE_OF, help="of the parameters (default: both)", **several)
+    parser.add_argument("--dtype", choices=DTYPE_OF, metavar="NAME", help=f"any of {', '.join(DTYPE_OF)} (default: all)", **several)
     parser.add_argument("--steps", type=whole_number(1, 10_000), default=20, metavar="N", help="(default: 20)")
     parser.add_argument(
         "--threads",
@@ -74,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare, and show what was found.
 
     Returns:
-        The exit status: 0 if every bit is the reference's; 1 if one is not, or if it was not our code that stepped;
+        The exit status: 0 if every promise is kept; 1 if one is not, or if it was not our code that stepped;
         2 if an instruction set is asked for that this CPU or build does not have.
     """
     console = Console(highlight=False)
@@ -106,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{REFUSAL}{error}", file=sys.stderr)
         return 1
     parity_report.show(console, rows, args.verbose)
-    kept = not any(row.broken for row in rows)
+    kept = not any(row.broken or row.inexact for row in rows)
     if args.json:
         settings = {"steps": args.steps, "seed": SEED, "shapes": SHAPES}
         results = {"machine": described, "settings": settings, "kept": kept, "rows": [asdict(row) for row in rows]}
@@ -129,14 +136,20 @@ def compare(case: Case, dtype: str, steps: int, isas: Sequence[str], threads: Se
         for count in threads:
             with _instruction_set(isa), measure.threads(count):
                 optimizer = getattr(fused_opt, case.optimizer)(_parameters(values), **case.options)
-                ours, ran = _steps(optimizer, grads)
+                before, ran = _steps(optimizer, grads[:-1])
+                before = [{name: value.clone() for name, value in tensors.items()} for tensors in before]
+                ours, last_ran = _steps(optimizer, grads[-1:])
+                ran += last_ran
                 paths = {row.path for row in fused_opt.explain(optimizer).rows}
             paths |= {f"cpu-{step.isa}" if step else "torch" for step in ran}
             if paths != {f"cpu-{isa}"}:
                 where = f"on {isa}, but ran on {', '.join(sorted(paths))}"
                 raise UnprovenError(f"{case} in {dtype} was to run {where}; `fused-opt doctor` may say why")
+            exactness: dict[str, Exactness] = {}
+            if DTYPE_OF[dtype] in SHORT_DTYPES:
+                exactness = compare_step(case, before, grads[-1], ours)
             what = (case.optimizer, case.options, dtype, isa, max(step.threads for step in ran))
-            rows += [Row(*what, name, *found) for name, found in _differences(case, ours, reference, for_loop)]
+            rows += [Row(*what, name, *found, exactness.get(name)) for name, found in _differences(case, ours, reference, for_loop)]
     return rows
 
 
@@ -158,25 +171,14 @@ def _steps(optimizer: Any, grads: list[list[torch.Tensor]]) -> tuple[Result, lis
 
 
 @functools.lru_cache(maxsize=1)  # cases of one dtype follow each other
-def _problem(dtype: torch.dtype, steps: int) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """Start values, and for each step a gradient for each of them."""
-    generator = torch.Generator().manual_seed(SEED)
+def _problem(dtype: torch.dtype, steps: int) -> Problem:
+    decades = DECADES.get(dtype, DEFAULT_DECADES)
+    values, distinct = make_problem(SHAPES, min(steps, DISTINCT_GRADIENTS), dtype, SEED, decades, ZEROS)
+    return _permuted(values), list(itertools.islice(itertools.cycle(map(_permuted, distinct)), steps))
 
-    def normal(shape: tuple[int, ...]) -> torch.Tensor:
-        values = torch.randn(shape, dtype=dtype, generator=generator)
-        return values.t() if values.dim() == 2 else values
 
-    # A magnitude for each element: squares of the smallest are below fp32's normal numbers. One gradient in 20 is zero,
-    # of either sign. All in place, which keeps the parameters' strides.
-    values = [normal(shape) for shape in SHAPES]
-    scales = [torch.empty_like(v).uniform_(-70, 7, generator=generator).exp_() for v in values]
-
-    def gradient(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        present = torch.empty_like(value).uniform_(generator=generator) > 0.05
-        return torch.empty_like(value).normal_(generator=generator).mul_(scale).mul_(present)
-
-    distinct = [[gradient(*pair) for pair in zip(values, scales, strict=True)] for _ in range(min(steps, DISTINCT_GRADIENTS))]
-    return values, [distinct[step % len(distinct)] for step in range(steps)]
+def _permuted(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [permuted(tensor) for tensor in tensors]
 
 
 def _differences(

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from fused_opt.bench.cases import Case
-from fused_opt.bench.ulp import BUCKETS, FAR, histogram, max_ulp
+from fused_opt.bench.exactness import Exactness
+from fused_opt.bench.ulp import BUCKETS, FAR, Difference
 
 # Broken promises shown in words; the table and the JSON file have all of them.
 SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far tensors are apart: the number of values in each of ulp.BUCKETS, and the largest distance in ULP."""
-
-    counts: Mapping[str, int]
-    largest: int
-
-    @classmethod
-    def of(cls, a: torch.Tensor, b: torch.Tensor) -> Difference:
-        """Of two tensors of one shape and one dtype."""
-        return cls(histogram(a, b), max_ulp(a, b))
-
-    @classmethod
-    def sum(cls, parts: Sequence[Difference]) -> Difference:
-        """Of all that `parts` compared."""
-        return cls({label: sum(d.counts[label] for d in parts) for label in BUCKETS}, max(d.largest for d in parts))
 
 
 @dataclass(frozen=True)
@@ -47,6 +29,7 @@ class Row:
         reference: the difference from bench/reference.py, which is promised to be none.
         broken: the first value whose bits are not the reference's, in words, or "" if the promise is kept.
         for_loop: the difference from torch's for-loop, its default on the CPU, of which nothing is promised.
+        exactness: of the last step, in 16 bits; None in others and of step counters.
     """
 
     optimizer: str
@@ -59,6 +42,12 @@ class Row:
     reference: Difference
     broken: str
     for_loop: Difference
+    exactness: Exactness | None
+
+    @property
+    def inexact(self) -> str:
+        """What is promised of the exactness and not kept, in words, or ""."""
+        return self.exactness.broken if self.exactness else ""
 
     @property
     def case(self) -> str:
@@ -84,13 +73,17 @@ def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:
     console.print(f"Ours ran on {', '.join(ran_on)} (instruction set x threads).")
     console.print("Values are counted by their distance in ULP.")
 
-    console.print("\nPromised: torch's fused kernels (RMSprop: the for-loop with IEEE square roots)")
+    console.print("\nPromised: torch's fused kernels (RMSprop: the for-loop with IEEE square roots); 16 bits: these in fp32, rounded")
     table = _table(verbose, several)
     table.add_column("promise", no_wrap=True)
     for group in groups:
-        promise = "[red]BROKEN[/red]" if any(row.broken for row in group) else "kept"
-        table.add_row(*_cells(group, [row.reference for row in group], verbose, several), promise)
+        cells = _cells(group, [row.reference for row in group], verbose, several)
+        table.add_row(*cells, _promise(row.broken for row in group))
     console.print(table)
+
+    exact_groups = [[row for row in group if row.exactness] for group in groups]
+    if any(exact_groups):
+        _show_exactness(console, list(filter(None, exact_groups)), verbose, several)
 
     on = f" on {ran_on[0]}" if several else ""
     console.print(f"\nFor information: ours{on} against torch's default, the for-loop")
@@ -100,14 +93,34 @@ def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:
             table.add_row(*_cells(group, [row.for_loop for row in group], verbose, several=False))
     console.print(table, end="\n\n")
 
-    broken = [row for row in rows if row.broken]
-    for row in broken[:SHOWN]:
+    broken = [(row, fault) for row in rows for fault in (row.broken, row.inexact) if fault]
+    for row, fault in broken[:SHOWN]:
         what = f"{row.tensor} of {row.case} in {row.dtype} on {row.ran_on}"
-        console.print(f"BROKEN: {what}: {row.broken}", markup=False)
+        console.print(f"BROKEN: {what}: {fault}", markup=False)
     if len(broken) > SHOWN:
-        console.print(f"... and {len(broken) - SHOWN} more rows are broken; --verbose shows all.")
+        console.print(f"... and {len(broken) - SHOWN} more promises are broken; --verbose shows all.")
     verdict = f"the promise is broken in {len(broken)} of {len(rows)} rows" if broken else "every bit is as promised"
     console.print(f"{sum(row.values for row in rows)} values compared: {verdict}.")
+
+
+def _show_exactness(console: Console, groups: Sequence[list[Row]], verbose: bool, several: bool) -> None:
+    """Print what is promised of 16-bit results. Each row must have an exactness."""
+    console.print("\nPromised in 16 bits: within 1 ULP of the correctly rounded float64 result, after one step from the same numbers, and")
+    console.print("never farther from the exact one than torch's for-loop. mean: distance from the exact one in ULP, ours / torch's")
+    table = _table(verbose, several, fp32_cannot_tell=True)
+    for name in ("mean", "promise"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for group in groups:
+        found = [row.exactness for row in group if row.exactness]
+        cells = _cells(group, [each.difference for each in found], verbose, several)
+        ours, torchs = (sum(getattr(each, name) for each in found) / len(found) for name in ("ours", "torchs"))
+        uncertain = sum(each.uncertain for each in found)
+        table.add_row(*cells, str(uncertain or "-"), f"{ours:.4f} / {torchs:.4f}", _promise(each.broken for each in found))
+    console.print(table)
+
+
+def _promise(broken: Iterable[str]) -> str:
+    return "[red]BROKEN[/red]" if any(broken) else "kept"
 
 
 def _by_optimizer(rows: Sequence[Row]) -> list[list[Row]]:
@@ -117,13 +130,13 @@ def _by_optimizer(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def _table(verbose: bool, several: bool) -> Table:
+def _table(verbose: bool, several: bool, fp32_cannot_tell: bool = False) -> Table:
     """An empty one. What ours ran on has a column if that is `several`, in the summary in place of the cases."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     names = ("case", "dtype", "tensor") if verbose else ("optimizer", "dtype")
     for name in (*names, *(["ran on"] if several else [] if verbose else ["cases"])):
         table.add_column(name, no_wrap=name != "case")
-    for name in ("values", *BUCKETS, "largest"):
+    for name in ("values", *BUCKETS, "largest", *(["unclear"] if fp32_cannot_tell else [])):
         table.add_column(name, justify="right", no_wrap=True)
     return table
 

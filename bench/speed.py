@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from rich.console import Console
@@ -14,21 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fused_opt.arguments import whole_number, writable_file
 from fused_opt.bench import machine, measure, speed_report
-from fused_opt.bench.speed_row import CONFIGURATIONS, Row, Skipped, Tensors, measure_row
-from fused_opt.bench.workloads import WORKLOADS, Workload
+from fused_opt.bench.layouts import LAYOUTS
+from fused_opt.bench.speed_plan import CONFIGURATIONS, DTYPES, FULL_JOBS, QUICK_CONFIGURATIONS, QUICK_JOBS, QUICK_WORKLOADS, Job, jobs
+from fused_opt.bench.speed_row import OURS, Row, Skipped, Tensors, measure_row
+from fused_opt.bench.workloads import WORKLOADS
 
 HELP = "time steps against torch's fused, foreach and for-loop implementations"
 
-QUICK = measure.Effort(budget=1.0, least=5, most=60)
+QUICK = measure.Effort(budget=0.8, least=5, most=60)
 FULL = measure.Effort(budget=10.0, least=10, most=300)
-QUICK_WORKLOADS = [name for name in WORKLOADS if name != "large"]
-QUICK_CONFIGURATIONS = ["adamw", "sgd-momentum", "rmsprop"]
-
-# For larger models a quick run times only the fused implementation (RMSprop: the for-loop). The others allocate
-# temporaries of the parameters' size, which the system has to clear page by page: on gpt2, AdamW fused took 0.16 s a
-# step, the for-loop 1.4 s and foreach 2.8 s.
-QUICK_LEAVES_OUT_FROM = 50_000_000
-QUICK_LEAVES_OUT = frozenset({"foreach", "for-loop"})
 
 # The table's width where the terminal is narrower, or is none: lines that wrap are better than columns cut off.
 WIDTH = 140
@@ -43,27 +38,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="workload",
         help=f"{', '.join(WORKLOADS)} (default: all but large)",
     )
-    parser.add_argument(
-        "--optimizer",
-        nargs="+",
-        action="extend",
-        type=_one_of("optimizer", CONFIGURATIONS),
-        metavar="NAME",
-        help=f"{', '.join(CONFIGURATIONS)} (default: {', '.join(QUICK_CONFIGURATIONS)})",
-    )
-    parser.add_argument("--full", action="store_true", help="everything, with more rounds (10 to 20 minutes)")
+    selections: list[tuple[str, str, Collection[str], str, str]] = [
+        ("--optimizer", "optimizer", CONFIGURATIONS, "NAME", ", ".join(QUICK_CONFIGURATIONS)),
+        ("--dtype", "dtype", DTYPES, "DTYPE", "float32"),
+        ("--layout", "layout", LAYOUTS, "LAYOUT", "contiguous"),
+    ]
+    for option, kind, names, metavar, default in selections:
+        text = f"any of {', '.join(names)} (default: {default})"
+        parser.add_argument(option, nargs="+", action="extend", type=_one_of(kind, names), metavar=metavar, help=text)
+    parser.add_argument("--full", action="store_true", help="everything, with more rounds (20 to 40 minutes)")
     parser.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="threads for every implementation (default: torch's)")
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write everything measured to FILE")
+    parser.epilog = (
+        "Without a selection some rows in 16 bits and in other layouts come after those in float32. Layouts: permuted: matrices "
+        "transposed, convolutions' weights channels_last; other-grad: contiguous parameters with such gradients; gaps: parameters are "
+        "slices of larger tensors."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and show what has been measured, also when interrupted.
 
     Returns:
-        The exit status: 0, or 130 if interrupted.
+        The exit status: 0; 1 if a result of ours is wrong; 130 if interrupted.
     """
-    workloads = [WORKLOADS[name] for name in args.workloads or (WORKLOADS if args.full else QUICK_WORKLOADS)]
-    configurations = args.optimizer or list(CONFIGURATIONS if args.full else QUICK_CONFIGURATIONS)
+    to_do = _jobs(args)
     threads = args.threads or torch.get_num_threads()
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -72,37 +71,48 @@ def run(args: argparse.Namespace) -> int:
     console.print(speed_report.header(described, threads), markup=False)
 
     rows: list[Row | Skipped] = []
-    status = 0
+    interrupted = False
     load = machine.OtherLoad()
     try:
         with measure.threads(threads):
-            for row in _rows(workloads, configurations, args.full, console):
+            for row in _rows(to_do, args.full, console):
                 rows.append(row)
     except KeyboardInterrupt:
-        status = 130
-        console.print(f"Interrupted after {len(rows)} of {len(workloads) * len(configurations)} rows.")
+        interrupted = True
+        console.print(f"Interrupted after {len(rows)} of {len(to_do)} rows.")
     other_load = load.share()
-    Console(width=max(console.width, WIDTH)).print(speed_report.table(rows))
+    Console(width=max(console.width, WIDTH)).print(speed_report.tables(rows))
     console.print(speed_report.notes(rows, other_load), markup=False)
     if args.json:
-        settings = {"full": args.full, "threads": threads, "interrupted": status != 0}
+        settings = {"full": args.full, "threads": threads, "interrupted": interrupted}
         args.json.write_text(json.dumps(speed_report.to_json(described, settings, rows, other_load), indent=1) + "\n")
-    return status
+    if interrupted:
+        return 130
+    return int(any(isinstance(row, Row) and OURS in row.wrong for row in rows))
 
 
-def _rows(workloads: list[Workload], configurations: list[str], full: bool, console: Console) -> Iterator[Row | Skipped]:
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    """Every combination of what is asked for; if nothing is, the quick run's or the full run's rows."""
+    if not (args.workloads or args.optimizer or args.dtype or args.layout):
+        return FULL_JOBS if args.full else QUICK_JOBS
+    workloads = args.workloads or (WORKLOADS if args.full else QUICK_WORKLOADS)
+    configurations = args.optimizer or (CONFIGURATIONS if args.full else QUICK_CONFIGURATIONS)
+    selection = workloads, args.dtype or ["float32"], args.layout or ["contiguous"], configurations
+    return jobs(*map(dict.fromkeys, selection))
+
+
+def _rows(to_do: Sequence[Job], full: bool, console: Console) -> Iterator[Row | Skipped]:
     streaming = functools.cache(measure.Streaming)  # its arrays are made once, and only if a row needs them
-    with _Bar(console, len(workloads) * len(configurations)) as bar:
-        for workload in workloads:
+    with _Bar(console, len(to_do)) as bar:
+        for (workload, dtype), group in itertools.groupby(to_do, key=lambda job: (job.workload, job.dtype)):
             bar.name = f"{workload.name}: values"
             bar.show(0)
             tensors = None  # free the last workload's before making the next one's
-            tensors = Tensors.random(workload)
-            leave_out = QUICK_LEAVES_OUT if not full and workload.elements > QUICK_LEAVES_OUT_FROM else frozenset[str]()
-            for configuration in configurations:
-                bar.name = f"{workload.name} {configuration}"
+            tensors = Tensors.random(workload, dtype)
+            for job in group:
+                bar.name = str(job)
                 bar.show(0)
-                yield measure_row(tensors, configuration, FULL if full else QUICK, leave_out, streaming, bar.show)
+                yield measure_row(tensors, job, FULL if full else QUICK, not full, streaming, bar.show)
                 bar.rows += 1
 
 

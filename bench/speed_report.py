@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
+from fused_opt.bench.exact_sample import COMPARED_STEPS, TOLERATED
 from fused_opt.bench.measure import Spread
-from fused_opt.bench.speed_row import COMPARED_STEPS, CONFIGURATIONS, OURS, TORCH, Row, Skipped
-from fused_opt.bench.ulp import FAR
+from fused_opt.bench.speed_row import CONTIGUOUS, OURS, TORCH, Row, Skipped
 
 Machine = Mapping[str, str | int]
 
@@ -29,17 +31,25 @@ def header(machine: Machine, threads: int) -> str:
     )
 
 
-def table(rows: Sequence[Row | Skipped]) -> Table:
-    """One line for each row, in the order of measuring."""
-    result = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+def tables(rows: Sequence[Row | Skipped]) -> Group:
+    """A table for each dtype and layout, with one line for each row in the order of measuring."""
+    groups: dict[tuple[str, str], list[Row | Skipped]] = {}
+    for row in rows:
+        groups.setdefault((row.job.dtype, row.job.layout), []).append(row)
+    return Group(*(_table(dtype, layout, group) for (dtype, layout), group in groups.items()))
+
+
+def _table(dtype: str, layout: str, rows: Sequence[Row | Skipped]) -> Table:
+    others = [*TORCH] if layout == "contiguous" else [*TORCH, CONTIGUOUS]
+    result = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=f"{dtype}, {layout}", title_justify="left")
     for name in ("workload", "optimizer"):
         result.add_column(name, no_wrap=True)
-    for name in ("ours ms", "torch ms", "speed-up", *TORCH, "GB/s", "of limit", "ULP", "MB"):
+    for name in ("ours ms", "torch ms", "speed-up", *others, "GB/s", "of limit", "error", "MB"):
         result.add_column(name, justify="right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        cells = _cells(row) if isinstance(row, Row) else ["skipped"]
-        last = following is not None and following.workload is not row.workload
-        result.add_row(row.workload.name, row.configuration, *cells, end_section=last)
+        cells = _cells(row, others) if isinstance(row, Row) else ["skipped"]
+        last = following is not None and following.job.workload is not row.job.workload
+        result.add_row(row.job.workload.name, row.job.configuration, *cells, end_section=last)
     return result
 
 
@@ -51,12 +61,19 @@ def notes(rows: Sequence[Row | Skipped], other_load: float | None) -> str:
             f"Do not trust these times: other programs took {other_load:.0%} of the CPU meanwhile, "
             "and threads that wait for each other suffer from that out of proportion. Run it again on an idle machine."
         )
-    lines += [f"{r.workload.name} {r.configuration} was skipped: it {r.reason}" for r in rows if isinstance(r, Skipped)]
+    lines += [f"{row.job} was skipped: it {row.reason}" for row in rows if isinstance(row, Skipped)]
     measured = [row for row in rows if isinstance(row, Row)]
-    left_out = dict.fromkeys(row.workload.name for row in measured if row.left_out)
+    lines += [f"WRONG: {row.job}, {name}: error {_error(row.errors[name])}" for row in measured for name in row.wrong]
+    if lines:
+        lines.append("")
+    if any(row.wrong for row in measured):
+        lines.append(f"!: wrong, with an error above {TOLERATED:.0f}, more than rounding explains; does not count as torch's fastest")
+    left_out = dict.fromkeys(row.job.workload.name for row in measured if row.left_out)
     if left_out:
         lines.append(f"...: not timed in a quick run of {', '.join(left_out)}; --full times everything")
-    lines.append("speed-up: torch's time over ours, median of the rounds; for its fastest implementation (torch ms) and each")
+    lines.append("speed-up: torch's time over ours, median of the rounds; for its fastest implementation that is right (torch ms) and each")
+    if any(CONTIGUOUS in row.samples for row in measured):
+        lines.append(f"{CONTIGUOUS}: the time of our step on contiguous tensors over that on these, in the same rounds")
     limits = [limit for row in measured for limit in row.limits]
     if limits:
         lines.append(
@@ -64,16 +81,15 @@ def notes(rows: Sequence[Row | Skipped], other_load: float | None) -> str:
             f"{Spread.of(limits).median:.1f} GB/s (median; {min(limits):.1f} to {max(limits):.1f})"
         )
     lines.append(
-        f"ULP: largest difference of a parameter after {COMPARED_STEPS} steps from torch's fused step (RMSprop: from its for-loop).\n"
-        "A few are expected: torch computes elements that fill no vector in double precision, and rounds some of RMSprop's\n"
-        "square roots otherwise; `fused-opt parity` compares with what is promised"
+        f"error: a parameter's largest one after {COMPARED_STEPS} steps, against torch's for-loop in float64, ours / torch's fastest;\n"
+        "in units of the dtype's eps times the parameter's magnitude. `fused-opt parity` compares bits with what is promised"
     )
     lines.append("MB: by how much the process's memory grew during a step, ours / torch's fastest")
     return "\n".join(lines)
 
 
 def to_json(machine: Machine, settings: Mapping[str, Any], rows: Sequence[Row | Skipped], other_load: float | None) -> dict[str, Any]:
-    """Everything that was measured. Times are in seconds, sizes in bytes, throughput in 1e9 bytes a second."""
+    """Everything that was measured. Times are in seconds, sizes in bytes, throughput in 1e9 bytes a second; an infinite error is null."""
     return {
         "machine": dict(machine),
         "settings": dict(settings),
@@ -82,19 +98,23 @@ def to_json(machine: Machine, settings: Mapping[str, Any], rows: Sequence[Row | 
     }
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, others: Sequence[str]) -> list[str]:
     def speed_up(name: str) -> str:
-        return f"{row.speed_ups[name].median:.2f}" if name in row.speed_ups else "..." if name in row.left_out else "-"
+        if name not in row.speed_ups:
+            return "..." if name in row.left_out else "-"
+        ratio = f"{row.speed_ups[name].median:.2f}"
+        return f"[red]! {ratio}[/red]" if name in row.wrong else ratio
 
     fastest = row.fastest
+    error = f"{_error(row.errors[OURS])} / {_error(row.errors[fastest])}"
     return [
         _milliseconds(row.seconds[OURS].median),
         f"{fastest} {_milliseconds(row.seconds[fastest].median)}",
         f"[bold]{row.speed_ups[fastest].median:.2f}[/bold]",
-        *map(speed_up, TORCH),
+        *map(speed_up, others),
         f"{row.gb_per_s:.1f}",
         f"{row.share.median:.0%}" if row.share else "-",
-        "NaN" if row.max_ulp == FAR else str(row.max_ulp),
+        f"[red]{error}[/red]" if OURS in row.wrong else error,
         f"{_megabytes(row.peak_bytes[OURS])} / {_megabytes(row.peak_bytes[fastest])}",
     ]
 
@@ -107,15 +127,21 @@ def _megabytes(size: int | None) -> str:
     return "?" if size is None else f"{size / 1e6:.0f}"
 
 
+def _error(error: float) -> str:
+    return f"{error:.1f}" if error < 1000 else f"{error:.0e}"
+
+
 def _row_json(row: Row | Skipped) -> dict[str, Any]:
-    case = CONFIGURATIONS[row.configuration]
+    job = row.job
     what = {
-        "workload": row.workload.name,
-        "tensors": row.workload.tensors,
-        "elements": row.workload.elements,
-        "configuration": row.configuration,
-        "optimizer": case.optimizer,
-        "options": dict(case.options),
+        "workload": job.workload.name,
+        "tensors": job.workload.tensors,
+        "elements": job.workload.elements,
+        "dtype": job.dtype,
+        "layout": job.layout,
+        "configuration": job.configuration,
+        "optimizer": job.case.optimizer,
+        "options": dict(job.case.options),
     }
     if isinstance(row, Skipped):
         return {**what, "skipped": row.reason}
@@ -130,8 +156,8 @@ def _row_json(row: Row | Skipped) -> dict[str, Any]:
         "gb_per_s": row.gb_per_s,
         "streaming_limits": row.limits,
         "share_of_limit": asdict(row.share) if row.share else None,
-        "max_ulp": row.max_ulp,
-        "compared_with": row.compared_with,
+        "errors": {name: error if math.isfinite(error) else None for name, error in row.errors.items()},
+        "wrong": row.wrong,
         "compared_steps": COMPARED_STEPS,
         "left_out": row.left_out,
         "peak_bytes": row.peak_bytes,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -76,6 +77,24 @@ def histogram(a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
         for label, (low, high) in BUCKETS.items():
             counts[label] += int(((steps >= low) & (steps <= high)).sum())
     return counts
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far tensors are apart: the number of values in each of `BUCKETS`, and the largest distance in ULP."""
+
+    counts: Mapping[str, int]
+    largest: int
+
+    @classmethod
+    def of(cls, a: torch.Tensor, b: torch.Tensor) -> Difference:
+        """Of two tensors of one shape and one dtype."""
+        return cls(histogram(a, b), max_ulp(a, b))
+
+    @classmethod
+    def sum(cls, parts: Sequence[Difference]) -> Difference:
+        """Of all that `parts` compared."""
+        return cls({label: sum(d.counts[label] for d in parts) for label in BUCKETS}, max(d.largest for d in parts))
 
 
 def _integer(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from forloop import params_of
+from helpers import params_of
 
 
 def pairs(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -30,9 +29,3 @@ def continued(name: str, kwargs: dict[str, Any], start: torch.optim.Optimizer, m
     for key, value in optimizer.state.get(copy, {}).items():
         optimizer.state[copy][key] = value.clone()
     return optimizer
-
-
-def error_of(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Where one of the two is infinite or NaN, and the other is not, infinity."""
-    error = (actual.double() - exact).abs()
-    return error.masked_fill((actual == exact) | (actual.isnan() & exact.isnan()), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)

@@ -10,10 +10,9 @@ import torch
 
 import fused_opt
 from fused_opt.bench.reference import IeeeSqrt
+from fused_opt.bench.rounding import correctly_rounded
 from helpers import assert_same_bits
-from rounding import correctly_rounded
 
-NAMES = ("Adam", "AdamW", "RMSprop", "SGD")
 REAL_DTYPES = (torch.float32, torch.float64)
 SHORT_DTYPES = (torch.bfloat16, torch.float16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
@@ -23,10 +22,6 @@ ALL_DTYPES = (*REAL_DTYPES, *SHORT_DTYPES, *COMPLEX_DTYPES)
 def as_real(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory; complex numbers as pairs of reals."""
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-
-
-def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def forloop(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:

@@ -9,32 +9,23 @@ import torch
 
 import fused_opt
 from fused_opt.bench.cases import Case
+from fused_opt.bench.problem import make_problem as make_problem
 from fused_opt.native import native
 
 _ISAS: dict[str, bool] = dict(native().module.isas()) if native().module else {}
 ALL_ISAS = list(_ISAS)
 SUPPORTED_ISAS = [name for name, supported in _ISAS.items() if supported]
 
-
-def mixed_magnitudes(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Values of both signs from about 1e-6 to 1e1, as gradients have them."""
-    exponent = torch.empty(tuple(shape), dtype=dtype).uniform_(-6, 1, generator=generator)
-    return torch.randn(tuple(shape), dtype=dtype, generator=generator) * 10**exponent
+CLASSES = ("Adam", "AdamW", "RMSprop", "SGD")
 
 
-def make_problem(
-    shapes: Sequence[Sequence[int]], steps: int, dtype: torch.dtype, seed: int = 0
-) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """Start values, and for each step a gradient for each of them."""
-    generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(tuple(shape), dtype=dtype, generator=generator) for shape in shapes]
-    grads = [[mixed_magnitudes(shape, dtype, generator) for shape in shapes] for _ in range(steps)]
-    return values, grads
+def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def run_steps(optimizer: torch.optim.Optimizer, grads: Sequence[Sequence[torch.Tensor]]) -> None:
     """One step for each sequence of gradients, which lie parallel to the parameters."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     for step_grads in grads:
         for param, grad in zip(params, step_grads, strict=True):
             param.grad = grad

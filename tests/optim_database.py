@@ -13,12 +13,12 @@ from unittest import mock
 import pytest
 import torch
 
-from forloop import NAMES
+from helpers import CLASSES
 
 with mock.patch.object(sys, "argv", sys.argv[:1]):
     from torch.testing._internal.common_optimizers import OptimizerErrorEnum, OptimizerInfo, optim_db
 
-INFOS: dict[str, OptimizerInfo] = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in NAMES}
+INFOS: dict[str, OptimizerInfo] = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in CLASSES}
 STEP_ERROR = OptimizerErrorEnum.STEP_ERROR
 
 
@@ -34,7 +34,7 @@ def options(name: str, index: int, dtype: torch.dtype = torch.float32) -> dict[s
 
 
 # Name and index of all: to be read with `options`.
-CONFIGURATIONS = [pytest.param(name, i, id=f"{name}: {entry.desc}") for name in NAMES for i, entry in enumerate(inputs(name))]
+CONFIGURATIONS = [pytest.param(name, i, id=f"{name}: {entry.desc}") for name in CLASSES for i, entry in enumerate(inputs(name))]
 
 # Of each class the last one, which has the most options and all states.
-RICHEST = [pytest.param(name, len(inputs(name)) - 1, id=f"{name}: {inputs(name)[-1].desc}") for name in NAMES]
+RICHEST = [pytest.param(name, len(inputs(name)) - 1, id=f"{name}: {inputs(name)[-1].desc}") for name in CLASSES]

@@ -12,9 +12,7 @@ import torch
 
 import fused_opt
 from fused_opt.bench.reference import IeeeSqrt
-from helpers import assert_same_bits
-
-CLASSES = ("Adam", "AdamW", "RMSprop", "SGD")
+from helpers import assert_same_bits, params_of
 
 # With every state that the class can have.
 ALL_STATES: dict[str, dict[str, Any]] = {
@@ -39,10 +37,6 @@ def make(module: Any, name: str, values: Sequence[torch.Tensor], **options: Any)
 def make_pair(name: str, values: Sequence[torch.Tensor], **options: Any) -> Optimizers:
     """Ours and torch's, with the same options."""
     return make(fused_opt, name, values, **options), make(torch.optim, name, values, **options)
-
-
-def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def is_ours(optimizer: torch.optim.Optimizer) -> bool:

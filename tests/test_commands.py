@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ import torch
 import fused_opt
 from fused_opt import rules
 from fused_opt.bench import ulp
+from fused_opt.bench.exact_sample import COMPARED_STEPS, TOLERATED, ExactSample
+from fused_opt.bench.layouts import LAYOUTS
+from fused_opt.bench.speed_plan import CONFIGURATIONS, DTYPES, FULL_JOBS, QUICK_JOBS, jobs
+from fused_opt.bench.speed_row import CONTIGUOUS, Row, Tensors
 from fused_opt.bench.workloads import WORKLOADS
 from fused_opt.native import native
 
@@ -53,8 +58,11 @@ def test_help_and_version() -> None:
     [
         (("bench", "gpt3"), "gpt3.*gpt2"),
         (("bench", "--optimizer", "lion"), "lion.*adamw"),
+        (("bench", "--dtype", "int8"), "int8.*bfloat16"),
+        (("bench", "--layout", "sparse"), "sparse.*permuted"),
         (("bench", "--threads", "0"), "0 is out of range.*from 1"),
         (("parity", "--optimizer", "Lion"), "Lion.*AdamW"),
+        (("parity", "--dtype", "int8"), "int8.*bfloat16"),
         (("parity", "--steps", "0"), "0"),
         (("demo", "--steps", "0"), "0"),
         (("train",), "train"),
@@ -72,11 +80,110 @@ def test_bench_writes_what_it_measured(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "adamw" in result.stdout
     (row,) = json.loads(file.read_text())["rows"]
-    assert (row["workload"], row["tensors"], row["compared_with"]) == ("rl", 12, "fused")
+    assert (row["workload"], row["tensors"], row["dtype"], row["layout"]) == ("rl", 12, "float32", "contiguous")
     assert set(row["samples"]) == {"ours", "fused", "foreach", "for-loop"}
     assert len({len(times) for times in row["samples"].values()}) == 1, "every round times every implementation"
     assert min(min(times) for times in row["samples"].values()) > 0
-    assert row["max_ulp"] <= 16
+    assert row["wrong"] == []
+    assert 0 < row["errors"]["ours"] < TOLERATED
+
+
+def test_bench_measures_every_combination_that_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    dtypes, layouts = ["bfloat16"], ["permuted", "gaps"]
+    selection = ("--dtype", *dtypes, "--layout", *layouts, "--optimizer", "sgd")
+    result = command("bench", "rl", *selection, "--json", str(file))
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["dtype"], row["layout"]) for row in rows] == [(dtype, layout) for dtype in dtypes for layout in layouts]
+    for row in rows:
+        assert f"{row['dtype']}, {row['layout']}" in result.stdout
+        assert set(row["samples"]) == {"ours", CONTIGUOUS, "fused", "foreach", "for-loop"}
+        assert "ours" not in row["wrong"]
+        assert row["fastest"] not in row["wrong"]
+
+
+PLANTED_IDLE_STEP = """
+import sys, torch, fused_opt
+from fused_opt import cli
+if {ours}:
+    fused_opt.AdamW.step = lambda self: None
+else:
+    step = torch.optim.AdamW.step
+    torch.optim.AdamW.step = lambda self: None if self.defaults["fused"] else step(self)
+sys.exit(cli.main(["bench", "rl", "--optimizer", "adamw", "--json", {file!r}]))
+"""
+
+
+@pytest.mark.parametrize("wrong", ["ours", "fused"])
+def test_bench_finds_an_implementation_that_does_nothing(tmp_path: Path, wrong: str) -> None:
+    """It is the fastest of all, and not called so."""
+    file = tmp_path / "bench.json"
+    result = run_code(PLANTED_IDLE_STEP.format(ours=wrong == "ours", file=str(file)))
+    assert result.returncode == (1 if wrong == "ours" else 0), result.stderr
+    assert f"WRONG: rl adamw float32 contiguous, {wrong}" in result.stdout
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["wrong"] == [wrong]
+    assert row["fastest"] in {"fused", "foreach", "for-loop"} - {wrong}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_right_and_wrong_implementations_are_far_apart(name: str, dtype: str) -> None:
+    """Right ones have a fraction of the tolerated error; a gradient in the wrong order, or a step less, makes a multiple of it."""
+    case, tensors = CONFIGURATIONS[name], Tensors.random(WORKLOADS["single"], dtype)
+    exact = ExactSample(case, tensors.params, tensors.grads)
+
+    def error(module: Any, flip: bool = False, steps: int = COMPARED_STEPS, foreach: bool = False) -> float:
+        params = [torch.nn.Parameter(value.clone()) for value in tensors.params]
+        optimizer = getattr(module, case.optimizer)(params, **case.options, foreach=foreach)
+        for param, grad in zip(params, tensors.grads, strict=True):
+            param.grad = grad.flip(0) if flip else grad
+        for _ in range(steps):
+            optimizer.step()
+        return exact.error(params)
+
+    assert max(error(torch.optim), error(torch.optim, foreach=True), error(fused_opt)) < TOLERATED / 2
+    assert min(error(torch.optim, flip=True), error(torch.optim, steps=COMPARED_STEPS - 1)) > 2 * TOLERATED
+
+
+def test_the_runs_have_rows_in_16_bits_and_in_other_layouts() -> None:
+    for selection in (QUICK_JOBS, FULL_JOBS):
+        assert len(set(selection)) == len(selection)
+        assert {job.dtype for job in selection if job.workload.name == "gpt2"} >= {"float32", "bfloat16", "float16"}
+        assert {job.layout for job in selection if job.workload.name == "resnet50"} >= {"contiguous", "permuted", "other-grad"}
+
+
+def test_torchs_fastest_implementation_must_be_right() -> None:
+    (job,) = jobs(["rl"], ["float32"], ["contiguous"], ["adamw"])
+    samples = {"ours": [1.0], "fused": [0.5], "for-loop": [3.0], "foreach": [2.0]}
+
+    def row(fused_error: float) -> Row:
+        errors = {name: fused_error if name == "fused" else 1.0 for name in samples}
+        return Row(job, 1, 1, samples, [], errors, [], dict.fromkeys(samples, 0))
+
+    assert row(TOLERATED).fastest == "fused"
+    assert row(TOLERATED * 1.01).fastest == "foreach"
+
+
+# By layout: strides of a parameter and a gradient of shape (3, 4), and of (2, 3, 4, 5).
+STRIDES = {
+    "contiguous": ((4, 1), (4, 1), (60, 20, 5, 1), (60, 20, 5, 1)),
+    "permuted": ((1, 3), (1, 3), (60, 1, 15, 3), (60, 1, 15, 3)),
+    "other-grad": ((4, 1), (1, 3), (60, 20, 5, 1), (60, 1, 15, 3)),
+    "gaps": ((12, 1), (4, 1), (220, 20, 5, 1), (60, 20, 5, 1)),
+}
+
+
+def test_layouts_keep_the_values() -> None:
+    for name, layout in LAYOUTS.items():
+        arranged = [arrange(torch.empty(shape)) for shape in ((3, 4), (2, 3, 4, 5)) for arrange in (layout.parameter, layout.gradient)]
+        assert tuple(tensor.stride() for tensor in arranged) == STRIDES[name]
+        for shape in ((), (5,), (0, 3), (3, 4), (2, 3, 4), (2, 3, 4, 5)):
+            values = torch.randn(shape)
+            assert torch.equal(layout.parameter(values), values)
+            assert torch.equal(layout.gradient(values), values)
+    assert LAYOUTS["gaps"].parameter(torch.empty(5)).stride() == (2,)
 
 
 def test_parity_holds_and_says_so(tmp_path: Path) -> None:
@@ -90,21 +197,42 @@ def test_parity_holds_and_says_so(tmp_path: Path) -> None:
     assert all(row["values"] == row["reference"]["counts"]["0"] > 10_000 for row in report["rows"])
 
 
+def test_parity_of_16_bits_counts_distances_from_the_exact_result(tmp_path: Path) -> None:
+    file = tmp_path / "parity.json"
+    result = command("parity", "--optimizer", "AdamW", "--steps", "3", "--dtype", "bfloat16", "float16", "--json", str(file))
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float16"}
+    assert all(row["values"] == row["reference"]["counts"]["0"] for row in rows)
+    judged = [row for row in rows if row["tensor"] != "step"]
+    for row in judged:
+        found = row["exactness"]
+        assert found["difference"]["counts"]["0"] + found["difference"]["counts"]["1"] + found["uncertain"] == row["values"]
+        assert found["uncertain"] < row["values"] / 1000
+        assert found["ours"] <= found["torchs"]
+    assert any(row["exactness"]["ours"] < row["exactness"]["torchs"] for row in judged)
+
+
 PLANTED_ERROR = """
 import sys, torch
 from fused_opt import rules, cli
 import dataclasses
 from fused_opt.optimizers import SGD
-wrong = lambda group, step, fresh: (lambda flags, s: (flags, (*s[:-1], s[-1] * (1 + 1e-7))))(*rules._sgd_program(group, step, fresh))
+wrong = lambda group, step, fresh: (lambda flags, s: (flags, (*s[:-1], s[-1] * (1 + {error}))))(*rules._sgd_program(group, step, fresh))
 SGD._rule = dataclasses.replace(rules.SGD, program=wrong)
-sys.exit(cli.main(["parity", "--optimizer", "SGD", "--steps", "2"]))
+sys.exit(cli.main(["parity", "--optimizer", "SGD", "--steps", "2", "--dtype", "{dtype}"]))
 """
 
 
-def test_parity_reports_a_planted_error() -> None:
-    result = run_code(PLANTED_ERROR)
+@pytest.mark.parametrize(
+    ("dtype", "error", "words"),
+    [("float32", 1e-6, "instead of"), ("bfloat16", 0.05, "not within 1 ULP of the correctly rounded")],
+)
+def test_parity_reports_a_planted_error(dtype: str, error: float, words: str) -> None:
+    result = run_code(PLANTED_ERROR.format(dtype=dtype, error=error))
     assert result.returncode == 1, result.stdout + result.stderr
     assert "the promise is broken" in result.stdout
+    assert words in result.stdout
 
 
 def test_demo_trains_both_and_draws(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fused_opt
-from helpers import assert_same_bits, make_problem
-from pairs import ALL_STATES, CLASSES, assert_native, make, params_of, set_grads, step_with
+from helpers import CLASSES, assert_same_bits, make_problem, params_of
+from pairs import ALL_STATES, assert_native, make, set_grads, step_with
 
 # From within torch's compiler, about itself.
 pytestmark = [

@@ -15,9 +15,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fused_opt
-from helpers import assert_same_bits, assert_same_state, make_problem, run_steps
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of, run_steps
 
-CLASSES = ("Adam", "AdamW", "RMSprop", "SGD")
 OPTIONS: dict[str, dict[str, Any]] = {"Adam": {}, "AdamW": {}, "RMSprop": {"momentum": 0.9}, "SGD": {"momentum": 0.9}}
 SHAPES = ((64, 32), (64,), (128,))
 
@@ -35,17 +34,15 @@ def make_pair(name: str, values: list[torch.Tensor], **options: Any) -> tuple[to
     return ours, theirs
 
 
-def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 @pytest.mark.parametrize("name", CLASSES)
 def test_is_torchs_class_with_torchs_signature(name: str) -> None:
     ours, theirs = getattr(fused_opt, name), getattr(torch.optim, name)
     assert issubclass(ours, theirs)
     torchs, own = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
     assert list(own.values())[: len(torchs)] == list(torchs.values())
-    assert [(p.name, p.kind, p.default) for p in list(own.values())[len(torchs) :]] == [("state_dtype", inspect.Parameter.KEYWORD_ONLY, None)]
+    assert [(p.name, p.kind, p.default) for p in list(own.values())[len(torchs) :]] == [
+        ("state_dtype", inspect.Parameter.KEYWORD_ONLY, None)
+    ]
     param = torch.nn.Parameter(torch.ones(1))
     assert ours([param]).defaults == theirs([param]).defaults
     assert repr(ours([param])) == repr(theirs([param]))

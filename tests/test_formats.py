@@ -11,8 +11,8 @@ import torch
 
 import fused_opt
 from fused_opt.bench.cases import CASES, Case
+from fused_opt.bench.rounding import correctly_rounded
 from helpers import SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, ours, run_steps
-from rounding import correctly_rounded
 
 SHORT = (torch.bfloat16, torch.float16)
 needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")

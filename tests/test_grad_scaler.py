@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fused_opt
-from helpers import assert_same_bits, assert_same_state, make_problem
-from pairs import CLASSES, assert_native, make, make_pair, nothing_changes, params_of, set_grads, step_with
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of
+from pairs import assert_native, make, make_pair, nothing_changes, set_grads, step_with
 
 SHAPES = ((8, 8), (128,))  # whole vectors: torch's fused kernels compute tails in double precision
 STEPS = 6

@@ -12,20 +12,8 @@ import pytest
 import torch
 
 import fused_opt
-from helpers import assert_same_bits, assert_same_state, make_problem
-from pairs import (
-    ALL_STATES,
-    CLASSES,
-    SHAPES,
-    assert_native,
-    make,
-    make_pair,
-    oracle_arithmetic,
-    params_of,
-    set_grads,
-    step_alike,
-    step_with,
-)
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of
+from pairs import ALL_STATES, SHAPES, assert_native, make, make_pair, oracle_arithmetic, set_grads, step_alike, step_with
 
 Optimizer = torch.optim.Optimizer
 

@@ -10,23 +10,22 @@ import pytest
 import torch
 
 import fused_opt
-from exactness import continued, error_of, pairs
+from exactness import continued, pairs
 from forloop import (
     ALL_DTYPES,
     COMPLEX_DTYPES,
-    NAMES,
     SHORT_DTYPES,
     as_real,
     assert_same_optimizer,
     assert_same_values,
     forloop,
     forloop_step,
-    params_of,
     proven_step,
 )
+from fused_opt.bench.rounding import correctly_rounded, error_of, spacing_at
 from fused_opt.bench.ulp import distance
+from helpers import CLASSES, params_of
 from optim_database import CONFIGURATIONS, INFOS, inputs, options
-from rounding import correctly_rounded, spacing_at
 
 # Scalar, one element, empty, tails of every instruction set, two dimensions; the last one is stored transposed.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (0, 3), (7,), (130,), (4, 9), (33, 5))
@@ -64,7 +63,7 @@ def set_grads(optimizer: torch.optim.Optimizer, grads: list[torch.Tensor]) -> No
 
 
 def test_the_database_knows_our_optimizers() -> None:
-    assert tuple(INFOS) == NAMES
+    assert tuple(INFOS) == CLASSES
     assert all(info.supports_complex and len(inputs(name)) > 4 for name, info in INFOS.items())
 
 
@@ -159,7 +158,7 @@ def test_16_bit_trajectories_stay_as_close_to_float64_as_torchs(dtype: torch.dty
     mostly the rounding of the parameter itself, which is torch's, too; a single configuration may come out 1 percent on either side, so
     the mean over the database counts."""
     logs = []
-    for name in NAMES:
+    for name in CLASSES:
         for index in range(len(inputs(name))):
             kwargs = options(name, index, dtype)
             values, grads = make_problem(dtype, 30, ((4099,),))

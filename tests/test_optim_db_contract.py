@@ -14,16 +14,8 @@ from torch.optim import optimizer as torchs_base
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import fused_opt
-from forloop import (
-    ALL_DTYPES,
-    NAMES,
-    as_real,
-    assert_same_optimizer,
-    assert_same_values,
-    forloop_step,
-    params_of,
-    proven_step,
-)
+from forloop import ALL_DTYPES, as_real, assert_same_optimizer, assert_same_values, forloop_step, proven_step
+from helpers import CLASSES, params_of
 from optim_database import CONFIGURATIONS, INFOS, RICHEST, STEP_ERROR, options
 
 SHAPES: tuple[tuple[int, ...], ...] = ((4, 9), (33,), ())
@@ -114,7 +106,7 @@ def outcome(module: Any, name: str, dtype: torch.dtype, arguments: dict[str, Any
 @pytest.mark.filterwarnings("ignore:.*differentiable.*:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_constructs_and_steps_exactly_when_torchs_does(name: str, flags: dict[str, Any], dtype: torch.dtype) -> None:
     """With each of the database's configurations. Both have the same flags, so torch runs the implementation that is asked for."""
     for parameter in (p for p in (CONFIGURATIONS if dtype == torch.float32 else RICHEST) if p.values[0] == name):
@@ -130,7 +122,7 @@ def test_constructs_and_steps_exactly_when_torchs_does(name: str, flags: dict[st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_the_databases_errors(name: str, dtype: torch.dtype) -> None:
     """Same type, and a message that torch's own regular expression finds."""
     errors = INFOS[name].optim_error_inputs_func(device="cpu", dtype=dtype)
@@ -226,7 +218,7 @@ def test_checkpoints_of_older_torch_versions(name: str, index: int) -> None:
     assert_same_optimizer(*pair)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_checkpoints_with_and_without_parameter_names(name: str) -> None:
     named = getattr(fused_opt, name)([("a", torch.nn.Parameter(torch.ones(3))), ("b", torch.nn.Parameter(torch.ones(2)))])
     plain = make(fused_opt, name, shapes=((3,), (2,)))
@@ -254,7 +246,7 @@ def test_state_dict_is_deterministic_and_prints_as_torchs(name: str, index: int)
 # --- hooks, groups, schedulers, gradients ---
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_every_hook_is_called_as_torch_calls_it(name: str) -> None:
     logs: list[list[str]] = []
     for optimizer in make_pair(name):
@@ -273,7 +265,7 @@ def test_every_hook_is_called_as_torch_calls_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_groups_have_their_own_options(name: str, dtype: torch.dtype) -> None:
     pair = make_pair(name, dtype)
     for optimizer in pair:
@@ -286,7 +278,7 @@ def test_groups_have_their_own_options(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_the_databases_schedulers(name: str, dtype: torch.dtype) -> None:
     for entry in INFOS[name].scheduler_inputs:
         pair = make_pair(name, dtype, shapes=((4, 9),), lr=0.01)
@@ -321,7 +313,7 @@ def test_without_gradients_nothing_happens_and_partial_ones_make_partial_states(
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_zero_gradients_move_nothing_without_decay(name: str, dtype: torch.dtype) -> None:
     optimizer = make(fused_opt, name, dtype, weight_decay=0)
     before = [p.detach().clone() for p in params_of(optimizer)]
@@ -333,7 +325,7 @@ def test_zero_gradients_move_nothing_without_decay(name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name in NAMES if "cpu" in INFOS[name].supports_fused_on])
+@pytest.mark.parametrize("name", [name for name in CLASSES if "cpu" in INFOS[name].supports_fused_on])
 def test_a_fused_step_after_an_overflow_changes_nothing(name: str, dtype: torch.dtype) -> None:
     """The first one, which would make the states, and a later one."""
     optimizer = make(fused_opt, name, dtype, fused=True, **({"momentum": 0.9} if name == "SGD" else {}))
@@ -349,7 +341,7 @@ def test_a_fused_step_after_an_overflow_changes_nothing(name: str, dtype: torch.
         assert any(bool((as_real(p) != as_real(q)).any()) for p, q in zip(params_of(optimizer), params_of(before), strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_sparse_gradients_are_taken_or_refused_as_the_database_says(name: str) -> None:
     info = INFOS[name]
     arguments, schedulers = info.metadata_for_sparse

@@ -10,20 +10,8 @@ import pytest
 import torch
 
 import fused_opt
-from helpers import assert_same_state, make_problem
-from pairs import (
-    CLASSES,
-    SHAPES,
-    assert_native,
-    make,
-    make_pair,
-    nothing_changes,
-    outcome,
-    params_of,
-    set_grads,
-    step_alike,
-    step_with,
-)
+from helpers import CLASSES, assert_same_state, make_problem, params_of
+from pairs import SHAPES, assert_native, make, make_pair, nothing_changes, outcome, set_grads, step_alike, step_with
 
 SWITCHES: dict[str, tuple[bool | None, ...]] = {
     "foreach": (None, False, True),

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fused_opt
-from helpers import assert_same_state, make_problem
-from pairs import CLASSES, make, step_with
+from helpers import CLASSES, assert_same_state, make_problem
+from pairs import make, step_with
 
 PROGRAMS = Path(__file__).with_name("process_programs.py")
 HANGS_AFTER = 120  # seconds; the slowest takes 10 on a busy machine

@@ -13,22 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fused_opt
-from exactness import continued, error_of, pairs
-from forloop import (
-    ALL_DTYPES,
-    SHORT_DTYPES,
-    as_real,
-    assert_same_optimizer,
-    assert_same_values,
-    forloop,
-    forloop_step,
-    params_of,
-    proven_step,
-)
+from exactness import continued, pairs
+from forloop import ALL_DTYPES, SHORT_DTYPES, as_real, assert_same_optimizer, assert_same_values, forloop, forloop_step, proven_step
 from fused_opt.bench.cases import CASES, Case
+from fused_opt.bench.rounding import correctly_rounded, error_of, spacing_at
 from fused_opt.bench.ulp import distance
+from helpers import params_of
 from layouts import SHAPES, Layout, layouts
-from rounding import correctly_rounded, spacing_at
 
 # The same examples in each run. Derived from hypothesis' own profile: torch's test utilities load one of theirs for the whole process.
 PROFILE: dict[str, Any] = {

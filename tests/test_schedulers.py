@@ -13,8 +13,8 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
-from helpers import assert_same_state, make_problem
-from pairs import CLASSES, SHAPES, assert_native, make_pair, step_with
+from helpers import CLASSES, assert_same_state, make_problem
+from pairs import SHAPES, assert_native, make_pair, step_with
 
 # From within SequentialLR of older versions of torch, about itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")

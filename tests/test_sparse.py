@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fused_opt
-from helpers import assert_same_bits, assert_same_state, make_problem
-from pairs import CLASSES, Optimizers, make, make_pair, nothing_changes, params_of, set_grads, step_alike, step_with
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of
+from pairs import Optimizers, make, make_pair, nothing_changes, set_grads, step_alike, step_with
 
 SGD_OPTIONS: tuple[dict[str, Any], ...] = (
     {},

@@ -11,8 +11,8 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import fused_opt
-from helpers import assert_same_bits, assert_same_state, make_problem
-from pairs import ALL_STATES, CLASSES, SHAPES, assert_native, make, nothing_changes, outcome, params_of, step_with
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of
+from pairs import ALL_STATES, SHAPES, assert_native, make, nothing_changes, outcome, step_with
 
 # Of the parameter, of its states.
 FORMATS = (

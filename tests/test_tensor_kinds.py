@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fused_opt
-from helpers import assert_same_bits, assert_same_state, make_problem
-from pairs import ALL_STATES, CLASSES, make_pair, nothing_changes, oracle_arithmetic, params_of, set_grads, step_alike, step_with
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of
+from pairs import ALL_STATES, make_pair, nothing_changes, oracle_arithmetic, set_grads, step_alike, step_with
 
 # Each letter is a step: i within inference mode, o outside of it.
 INFERENCE_COURSES = ("i", "ii", "io", "oi", "oio", "oiio")

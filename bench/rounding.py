@@ -1,10 +1,16 @@
-"""Rounding to 16 bits, once."""
+"""Exact results in 16 bits: how far another one is off, and the nearest one there is."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+
+
+def error_of(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Elementwise; infinity where one of the two is infinite or NaN and the other is not."""
+    error = (actual.double() - exact).abs()
+    return error.masked_fill((actual == exact) | (actual.isnan() & exact.isnan()), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def correctly_rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
