@@ -1,12 +1,14 @@
 """Builds fused_opt._cpu with ninja: every file on its own, the kernels once per instruction set under that set's flags.
 
-`python setup.py build_ext --inplace` rebuilds only what changed.
+`python setup.py build_ext --inplace` rebuilds only what changed. FUSED_OPT_SANITIZE=address,undefined (or thread) builds with the
+compiler's sanitizers, in a folder of its own; see tests/sanitized.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +23,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
+SANITIZE = os.environ.get("FUSED_OPT_SANITIZE", "")
+# -Og -g1: sanitized code of pybind11's headers takes gcc 12 twice as long with -O1 -g; with -O0 tests take half as long again.
+SPEED_FLAGS = ["-Og", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else ["-O3"]
+LINK_FLAGS = ["-shared", "-fopenmp", f"-fsanitize={SANITIZE}" if SANITIZE else "-s"]
+COMMON_FLAGS = ["-std=c++17", *SPEED_FLAGS, "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
 if os.environ.get("FUSED_OPT_WERROR"):  # for CI: a user's newer compiler may know more warnings
     COMMON_FLAGS.append("-Werror")
 # Name -> flags: "all", and a line for each instruction set. See the file.
@@ -32,8 +38,8 @@ KERNEL_FLAGS = {
 ISAS = ["scalar", "avx2", "avx512"] if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
 
 
-def write_ninja(build_dir: Path, library: Path) -> None:
-    """Write build_dir/build.ninja, whose default target is the extension at `library`."""
+def write_ninja(build_dir: Path) -> None:
+    """Write build_dir/build.ninja, whose default target is build_dir/_cpu.so, the extension."""
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++"
     with (build_dir / "build.ninja").open("w") as file:
@@ -46,9 +52,9 @@ def write_ninja(build_dir: Path, library: Path) -> None:
             deps="gcc",
             description="compile $out",
         )
-        ninja_file.rule("link", command="$cxx -shared -fopenmp -s $in -o $out", description="link $out")
+        ninja_file.rule("link", command=f"$cxx {' '.join(LINK_FLAGS)} $in -o $out", description="link $out")
         objects = []
-        for source in sorted(CSRC.glob("*.cpp")):
+        for source in sorted([*CSRC.glob("*.cpp"), *([ROOT / "tests" / "sanitized" / "fault.cpp"] if SANITIZE else [])]):
             target = f"{source.stem}.o"
             objects += ninja_file.build(target, "compile", str(source), variables={"flags": [*COMMON_FLAGS, *includes]})
         for isa in ISAS:
@@ -56,18 +62,22 @@ def write_ninja(build_dir: Path, library: Path) -> None:
             for source in sorted((CSRC / "kernels").glob("*.cpp")):
                 target = f"{source.stem}.{isa}.o"
                 objects += ninja_file.build(target, "compile", str(source), variables={"flags": flags})
-        ninja_file.default(ninja_file.build(str(library), "link", objects))
+        ninja_file.default(ninja_file.build("_cpu.so", "link", objects))
 
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        library.parent.mkdir(parents=True, exist_ok=True)
         # Not self.build_temp: that is a new folder for every editable install, and nothing would be incremental.
-        build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        name = "-".join([sysconfig.get_platform(), sys.implementation.cache_tag, *filter(None, SANITIZE.split(","))])
+        build_dir = ROOT / "build" / name
         build_dir.mkdir(parents=True, exist_ok=True)
-        write_ninja(build_dir, library)
+        write_ninja(build_dir)
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir], check=True)
+        # Linked there and copied, so that no kind of build takes another's library for its own.
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)  # a running process may have mapped it
+        shutil.copy(build_dir / "_cpu.so", library)
 
 
 setup(

@@ -18,7 +18,7 @@ constexpr int64_t kMaxHeldBytes = 1 << 16;
 // list instead, which has the same order except where parameters were added or frozen in between, and asks the dict only when lost.
 class StateCursor {
  public:
-  explicit StateCursor(PyObject* state) : state_(state) {}
+  StateCursor(PyObject* state, bool lost) : state_(state), lost_(lost) {}
 
   PyObject* find(PyObject* param) {
     PyObject *key, *value;
@@ -40,7 +40,7 @@ class StateCursor {
  private:
   PyObject* state_;
   Py_ssize_t position_ = 0;
-  bool lost_ = false;
+  bool lost_;
 };
 
 // Memory at an address that need not be a multiple of the size.
@@ -185,7 +185,7 @@ bool Batch::read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& 
   Hold& hold = small_states_[position];
   if (hold.is(tensor)) return reader_.read(tensor, out);
   hold.release();
-  if (!reader_.read(tensor, out)) return false;
+  if (!reader_.read(tensor, out) || reader_.is_negated(tensor) || reader_.is_conjugated(tensor)) return false;
   const bool inference = reader_.check_inference(tensor);  // a tensor stays what it is, so what is held has been checked
   if (!inference && out.on_cpu && out.numel() * out.bits / 8 <= kMaxHeldBytes) reader_.hold(tensor, hold);
   return true;
@@ -197,8 +197,10 @@ void Batch::check_shapes(PyObject* param_state, const TensorInfo& p) const {
   for (PyObject* slot : layout_.slots) {
     PyObject* const tensor = PyDict_GetItemWithError(param_state, slot);
     if (tensor == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (tensor == nullptr) continue;
+    const py::object held = py::reinterpret_borrow<py::object>(tensor);
     TensorInfo s;
-    if (tensor != nullptr && reader_.read(tensor, s) && !same_shape(s, p)) refuse_state(slot, s, p);
+    if (reader_.read(tensor, s) && !same_shape(s, p)) refuse_state(slot, s, p);
   }
 }
 
@@ -208,13 +210,16 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
   Entry& entry = candidate.entry;
   const size_t index = static_cast<size_t>(candidate.index), slots = layout_.slots.size();
   TensorInfo states[kMaxStates];
+  PyObject* touched[kMaxStates + 1] = {};
   bool dense = candidate.dense;
   for (size_t k = 0; k < slots; ++k) {
     PyObject* const tensor = PyDict_GetItemWithError(param_state, layout_.slots[k]);
     if (tensor == nullptr) no_such_state(index, layout_.slots[k]);
+    hold(tensor);  // before anything that may run other Python code, and another thread: it could replace the state
+    touched[k] = tensor;
     TensorInfo& s = states[k];
     Format format;
-    if (!read_state(index, k, tensor, s)) return *because = "a state is not a plain strided tensor", false;
+    if (!read_state(index, k, tensor, s)) return *because = "a state is not a plain strided tensor, or lazily negated or conjugated", false;
     if (!same_shape(s, p) || is_complex(s) != is_complex(p) || !find_format(s, format)) refuse_state(layout_.slots[k], s, p);
     if (!s.on_cpu) return *because = "a state is not on the CPU", false;
     if (!same_strides(s, p)) {
@@ -222,20 +227,22 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
       if (!surely_disjoint(s)) return *because = "a state's memory may overlap itself", false;
     }
     place(entry, kFirstState + static_cast<int>(k), s, format);
-    written.push_back(hold(tensor));
   }
   double step = 0;
   if (layout_.counter != nullptr) {
     PyObject* const tensor = PyDict_GetItemWithError(param_state, layout_.counter);
     TensorInfo c;
     if (tensor == nullptr) no_such_state(index, layout_.counter);
+    hold(tensor);
+    touched[slots] = tensor;
     if (!read_state(index, slots, tensor, c) || !c.on_cpu || c.kind != 'f' || c.bits < 32 || c.numel() != 1)
       return *because = "the step counter is not a one-element float32 or float64 tensor on the CPU", false;
     entry.counter = c.data;
     entry.counter_is_double = c.bits == 64;
     step = entry.counter_is_double ? load<double>(c.data) : load<float>(c.data);
-    written.push_back(hold(tensor));
   }
+  for (PyObject* tensor : touched)
+    if (tensor != nullptr) written.push_back(tensor);
   entry.cohort = cohort(step, fresh);
   if (!dense && entry.count > 0) {
     const TensorInfo* tensors[kMaxOperands] = {&p, &candidate.grad};
@@ -249,7 +256,7 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
 bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try {
   clear();
   const bool stateful = !layout_.slots.empty() || layout_.counter != nullptr;
-  StateCursor cursor(state);
+  StateCursor cursor(state, PyList_GET_SIZE(param_list) == 1);  // a single parameter may be anywhere
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_list); ++i) {
     PyObject* const param = hold(PyList_GET_ITEM(param_list, i));
     PyObject* grad = reader_.grad(param);
@@ -266,6 +273,7 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
     }
     const bool complex_valued = is_complex(candidate.param);  // it may be moved from below
     PyObject* const param_state = stateful ? cursor.find(param) : nullptr;
+    if (param_state != nullptr) hold(param_state);
     const bool has_states = param_state != nullptr && PyDict_Check(param_state) && PyDict_GET_SIZE(param_state) > 0;
     // A rule that counts has all its states from the first step on; one that does not (SGD) may be given its buffer late.
     PyObject* const first = !has_states ? nullptr : layout_.counter ? Py_True : PyDict_GetItemWithError(param_state, layout_.slots[0]);

@@ -48,6 +48,7 @@ enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
 }  // namespace
 
 int64_t TensorInfo::numel() const {
+  if (std::find(shape, shape + ndim, 0) != shape + ndim) return 0;  // whose other dimensions may be beyond what 64 bits count
   int64_t n = 1;
   for (int32_t d = 0; d < ndim; ++d) n *= shape[d];
   return n;

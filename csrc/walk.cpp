@@ -41,11 +41,9 @@ Walk::Walk(const TensorInfo* const* tensors, int count) {
 }
 
 int64_t span(const TensorInfo& t) {
+  if (t.numel() == 0) return 0;
   int64_t last = 0;
-  for (int32_t d = 0; d < t.ndim; ++d) {
-    if (t.shape[d] == 0) return 0;
-    last += (t.shape[d] - 1) * t.strides[d];
-  }
+  for (int32_t d = 0; d < t.ndim; ++d) last += (t.shape[d] - 1) * t.strides[d];
   return last + 1;
 }
 

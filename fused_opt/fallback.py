@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import Optimizer
 
+from fused_opt.native import native
+
 if TYPE_CHECKING:
     from fused_opt.rules import Group
     from fused_opt.step import FusedStep, GroupPlan
@@ -51,50 +53,82 @@ def _check_sparse(optimizer: FusedStep, group: Group, param: torch.Tensor, what:
 
 
 def step(optimizer: FusedStep, groups: list[GroupPlan], grad_scale: torch.Tensor | None) -> None:
-    """Let torch step the parameters that the native code declined. If that fails, they and their states are as before."""
+    """Let torch step the parameters that the native code declined. If that fails, they and their states are as before.
+
+    Without the extension (and with FUSED_OPT_BACKEND=torch) it is torch's step, as if this were torch's class: nothing is put back.
+    """
     torch_step: Any = optimizer._torch_class.step
     while torch_step.__code__ is _HOOKS_CODE:  # hooks and profiling have been entered already, by our own step
         torch_step = torch_step.__wrapped__
-    params = [group.group["params"][index] for group in groups for index, _ in group.declined]
-    with _undone_on_failure(optimizer, params, with_grads=grad_scale is not None), _only_declined(optimizer, groups):
-        if grad_scale is not None:
-            unscale(params, grad_scale)
+    if native().module is None:
         torch_step(optimizer)
+        return
+    params = [group.group["params"][index] for group in groups for index, _ in group.declined]
+    with _undone_on_failure(optimizer, params), _unscaled_gradients(params, grad_scale):
+        parts = [[share for group in groups for share in _shares(group, sparse)] for sparse in (False, True)]
+        if all(group.batch is None for group in groups) and not all(parts):
+            torch_step(optimizer)
+            return
+        for shares in parts:  # sparse ones last: they are not put back, but they have been checked
+            if shares:
+                with _only(optimizer, shares):
+                    torch_step(optimizer)
 
 
 @torch.no_grad()
-def unscale(params: list[torch.Tensor], grad_scale: torch.Tensor) -> bool:
-    """Divide gradients by `grad_scale`, in place where that is possible, as torch's fused kernels do.
-
-    Returns:
-        Whether a gradient had to be replaced: one of an expanded or an inference tensor.
-    """
-    replaced = False
+def unscale(params: list[torch.Tensor], grad_scale: torch.Tensor) -> None:
+    """Divide each gradient by `grad_scale`, once if parameters share it; in place where that is possible, as torch's fused kernels do."""
+    grads = {}
     for param in params:
         grad = param.grad
         if grad is None:
             continue
-        scale = grad_scale.to(grad.device)
-        expanded = grad.layout == torch.strided and any(n > 1 and s == 0 for n, s in zip(grad.shape, grad.stride(), strict=True))
-        if expanded or (grad.is_inference() and not torch.is_inference_mode_enabled()):
-            param.grad = grad.div(scale)
-            replaced = True
+        if not _writable(grad):
+            param.grad = grad.div(grad_scale)
         else:
-            grad.div_(scale)
-    return replaced
+            grads[(grad.data_ptr(), grad.shape, grad.stride()) if grad.layout == torch.strided else id(grad)] = grad
+    for grad in grads.values():
+        grad.div_(grad_scale)
+
+
+def _writable(tensor: torch.Tensor) -> bool:
+    """Whether torch writes in place, to each element once."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return True
+    reach = 0  # of the smaller strides together
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
 
 
 @contextlib.contextmanager
-def _undone_on_failure(optimizer: FusedStep, params: list[torch.Tensor], with_grads: bool) -> Iterator[None]:
+def _unscaled_gradients(params: list[torch.Tensor], grad_scale: torch.Tensor | None) -> Iterator[None]:
+    """Within this context the parameters have unscaled copies of their gradients."""
+    grads = [(param, param.grad) for param in params if grad_scale is not None and param.grad is not None]
+    try:
+        with torch.no_grad():
+            for param, grad in grads:
+                param.grad = grad.div(grad_scale)
+        yield
+    finally:
+        for param, grad in grads:
+            param.grad = grad
+
+
+@contextlib.contextmanager
+def _undone_on_failure(optimizer: FusedStep, params: list[torch.Tensor]) -> Iterator[None]:
     """Put everything back if torch's step fails midway. Costs a copy, so on accelerators, where memory is scarce, it is not done."""
     states = {param: dict(optimizer.state[param]) for param in params if param in optimizer.state}
-    grads = [(param, param.grad) for param in params] if with_grads else []
     saved = [
         (value, value.detach().clone())
         for param in params
         if param.device.type == "cpu" and (param.grad is None or param.grad.layout == torch.strided)
-        for value in (param, *states.get(param, {}).values(), param.grad if with_grads else None)
-        if isinstance(value, torch.Tensor)
+        for value in (param, *states.get(param, {}).values())
+        if isinstance(value, torch.Tensor) and _writable(value)  # torch does not write to others
     ]
     try:
         yield
@@ -106,23 +140,18 @@ def _undone_on_failure(optimizer: FusedStep, params: list[torch.Tensor], with_gr
             else:
                 optimizer.state.pop(param, None)
         with torch.no_grad():
-            for param, grad in grads:
-                param.grad = grad
             for value, copy in saved:
                 value.copy_(copy)
         raise
 
 
 @contextlib.contextmanager
-def _only_declined(optimizer: FusedStep, groups: list[GroupPlan]) -> Iterator[None]:
-    """Show the optimizer to torch's step without the parameters that the native code serves; as it is if there are none."""
-    if all(group.batch is None for group in groups):
-        yield
-        return
+def _only(optimizer: FusedStep, groups: list[Group]) -> Iterator[None]:
+    """Show the optimizer to torch's step with these groups only, and without GradScaler's attributes, which are dealt with."""
     attributes: dict[str, Any] = optimizer.__dict__
     original = optimizer.param_groups
-    amp = {name: attributes.pop(name) for name in ("found_inf", "grad_scale") if name in attributes}  # dealt with already
-    optimizer.param_groups = [{**g.group, "params": params, **options} for g in groups for params, options in _shares(g)]
+    amp = {name: attributes.pop(name) for name in ("found_inf", "grad_scale") if name in attributes}
+    optimizer.param_groups = groups
     try:
         yield
     finally:
@@ -131,12 +160,13 @@ def _only_declined(optimizer: FusedStep, groups: list[GroupPlan]) -> Iterator[No
             setattr(optimizer, name, value)
 
 
-def _shares(plan: GroupPlan) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
+def _shares(plan: GroupPlan, sparse: bool) -> Iterator[Group]:
     params = [plan.group["params"][index] for index, _ in plan.declined]
+    params = [p for p in params if (p.grad is not None and p.grad.layout != torch.strided) == sparse]
     on_cpu = [p for p in params if p.device.type == "cpu"]
     elsewhere = [p for p in params if p.device.type != "cpu"]
     if on_cpu:
         # torch's fused CPU kernels misread strides and lose 16-bit updates (pytorch 191763): the for-loop is the one to trust.
-        yield on_cpu, {option: False for option in ("foreach", "fused") if option in plan.group}
+        yield {**plan.group, "params": on_cpu, **{option: False for option in ("foreach", "fused") if option in plan.group}}
     if elsewhere:
-        yield elsewhere, {}
+        yield {**plan.group, "params": elsewhere}

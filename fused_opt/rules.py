@@ -29,8 +29,8 @@ class Rule:
         name: the backend's name for it.
         counter: state key of the step counter, or "" if the rule does not count.
         slots: param group -> state keys that the step reads and writes, in the backend's order, which is also torch's.
-        program: (param group, step, fresh) -> flags and scalars. `step` is 1 in the first step; `fresh` says that the states were created
-            for this very step.
+        program: (param group, step, fresh) -> flags and scalars, of which the first is a factor of the gradient. `step` is 1 in the first
+            step; `fresh` says that the states were created for this very step.
         l2: param group -> whether weight decay is added to the gradient (and not decoupled from it).
         lerps: param group -> whether torch's update moves a state towards the gradient by `lerp`, which refuses a gradient of
             another dtype.

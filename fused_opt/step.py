@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -99,7 +100,7 @@ class FusedStep(torch.optim.Optimizer):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
         ):
-            return _step_with_hooks(self, closure)
+            return _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)  # hooks see the arguments
         return self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # tells torch not to wrap it
@@ -140,6 +141,8 @@ def _extended(torch_init: Callable[..., None]) -> Callable[..., None]:
             self.defaults["state_dtype"] = state_dtype
             for group in self.param_groups:
                 group.setdefault("state_dtype", state_dtype)
+        with contextlib.suppress(ValueError, RuntimeError):  # said by the first step
+            native()  # now, so that it sees forks from here on (see csrc/parallel.cpp)
 
     signature = inspect.signature(torch_init)
     option = inspect.Parameter("state_dtype", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.dtype | None")
@@ -169,38 +172,40 @@ class Plan:
     kept: _Kept
 
     def run(self) -> None:
-        """Do it: torch's share, then the native one."""
-        attributes = self.optimizer.__dict__
+        """Do it: torch's share, then the native one. What fails, does so before the native part writes, and leaves all as it was."""
+        optimizer = self.optimizer
         native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
         grad_scale: torch.Tensor | None = None
-        if "found_inf" in attributes and native_groups:
+        if "found_inf" in optimizer.__dict__ and native_groups:
             # Set by GradScaler on optimizers made with fused=True, as torch's fused step expects them.
-            found_inf, grad_scale = attributes["found_inf"], attributes.get("grad_scale")
+            found_inf, grad_scale = optimizer.__dict__["found_inf"], optimizer.__dict__.get("grad_scale")
             if found_inf is not None and found_inf.item():
                 return
         declines = any(group.declined for group in self.groups)
         if declines:
-            fallback.check(self.optimizer, self.groups)
+            fallback.check(optimizer, self.groups)
         new_states = [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
-        for _, batch in native_groups:
-            increment_version(batch.written)  # for autograd, whose checks do not see our writes
-        if declines:
-            fallback.step(self.optimizer, self.groups, grad_scale)
-        if grad_scale is not None:
-            for group, batch in native_groups:
-                params = group.group["params"]
-                if fallback.unscale([params[i] for i in batch.indices], grad_scale):
-                    batch.gather(list(params), self.optimizer.state)
-        if not native_groups:
-            return
-        if self.kept.sharing is None:
+        if native_groups and self.kept.sharing is None:
             self.kept.sharing = self.backend.module.Sharing()
-        in_order = self.kept.sharing.found([batch for _, batch in native_groups])
+        in_order = self.kept.sharing is not None and self.kept.sharing.found([batch for _, batch in native_groups])
+        try:
+            if not in_order:
+                for (group, batch), states in zip(native_groups, new_states, strict=True):
+                    self._adopt(group.group["params"], batch, states)
+            if declines:
+                fallback.step(optimizer, self.groups, grad_scale)
+        except BaseException:
+            for (group, _), states in zip(native_groups, new_states, strict=True):
+                self._forget(group, states)
+            raise
+        factor = 1.0 if grad_scale is None else 1 / float(grad_scale)
         for (group, batch), states in zip(native_groups, new_states, strict=True):
             if in_order:
-                self._run_in_order(group.group, batch)
+                self._run_in_order(group.group, batch, dict(zip(group.missing, states, strict=True)), factor)
             else:
-                self._run_batch(group.group, batch, group.programs, states)
+                self._run_batch(batch, _programs(optimizer._rule, group.group, batch) if states else group.programs, factor)
+        if grad_scale is not None:  # torch's fused kernels leave unscaled gradients behind, too
+            fallback.unscale([param for group in optimizer.param_groups for param in group["params"]], grad_scale)
 
     def release(self) -> None:
         """Drop every reference to tensors, and keep what was allocated for the next step."""
@@ -212,7 +217,7 @@ class Plan:
                 kept.batches[index, group.slots] = group.batch
         self.optimizer._kept = kept
 
-    def _run_in_order(self, group: Group, batch: _cpu.Batch) -> None:
+    def _run_in_order(self, group: Group, batch: _cpu.Batch, new_states: dict[int, State], factor: float) -> None:
         """A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop."""
         rule, state, params = self.optimizer._rule, self.optimizer.state, group["params"]
         batch.gather(list(params), state)  # groups before this one may have changed it
@@ -222,20 +227,33 @@ class Plan:
                 for slot in rule.slots(group):
                     state[params[i]].pop(slot, None)
             batch.gather([params[i]], state)
-            only = {**group, "params": [params[i]]}
-            self._run_batch(only, batch, _programs(rule, group, batch), self._new_states(only, batch.missing))
+            self._adopt([params[i]], batch, [new_states[i]] if batch.missing else [])
+            self._run_batch(batch, _programs(rule, group, batch), factor)
 
-    def _run_batch(self, group: Group, batch: _cpu.Batch, programs: Sequence[Program], new_states: Sequence[State]) -> None:
-        rule = self.optimizer._rule
-        if new_states:
-            for n, (i, states) in enumerate(zip(batch.missing, new_states, strict=True)):
-                state = self.optimizer.state[group["params"][i]]
-                state.update(states)
-                batch.adopt(n, state)
-            programs = _programs(rule, group, batch)
-        isa, threads = batch.run(rule.name, programs, self.backend.isa, torch.get_num_threads())
+    def _run_batch(self, batch: _cpu.Batch, programs: Sequence[Program], factor: float) -> None:
+        if factor != 1:
+            programs = [(flags, (factor * sign, *scalars)) for flags, (sign, *scalars) in programs]
+        increment_version(batch.written)  # for autograd, whose checks do not see our writes
+        isa, threads = batch.run(self.optimizer._rule.name, programs, self.backend.isa, torch.get_num_threads())
         if threads:
             self.optimizer._last_ran = Ran(isa, threads)
+
+    def _adopt(self, params: Sequence[torch.Tensor], batch: _cpu.Batch, new_states: Sequence[State]) -> None:
+        if new_states:
+            for n, (i, states) in enumerate(zip(batch.missing, new_states, strict=True)):
+                state = self.optimizer.state[params[i]]
+                state.update(states)
+                batch.adopt(n, state)
+
+    def _forget(self, group: GroupPlan, new_states: Sequence[State]) -> None:
+        """Take new states out again."""
+        for i, states in zip(group.missing, new_states, strict=True):
+            param = group.group["params"][i]
+            if param in self.optimizer.state:
+                for slot in states:
+                    self.optimizer.state[param].pop(slot, None)
+                if not self.optimizer.state[param]:
+                    del self.optimizer.state[param]
 
     def _new_states(self, group: Group, missing: Sequence[int]) -> list[State]:
         return [new_state(self.optimizer._rule, group, group["params"][i]) for i in missing]
@@ -289,7 +307,7 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, 
     except (TypeError, ValueError) as error:
         options = {name: value for name, value in group.items() if name != "params"}
         raise type(error)(f"param group {index} has an option of a value that cannot be used: {error}; its options are {options}") from None
-    return GroupPlan(group, slots, batch, missing, programs, declined)
+    return GroupPlan(group, slots, None if declined and not batch.indices else batch, missing, programs, declined)
 
 
 def _why_not_native(backend: Native, group: Group) -> str:

@@ -165,3 +165,29 @@ def test_attributes_set_by_hand(name: str) -> None:
         optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
         optimizer.step()
         assert_same_state(optimizer, expected)
+
+
+def test_16_bit_gradients_are_unscaled_in_fp32() -> None:
+    """Where that underflows in fp16, as loss scaling is there to prevent; and once, though two parameters share the gradient."""
+    params = [torch.nn.Parameter(torch.full((64,), 1e-2, dtype=torch.float16)) for _ in range(2)]
+    params[0].grad = params[1].grad = torch.full((64,), 2e-8 * 65536, dtype=torch.float16)
+    exact = torch.nn.Parameter(params[0].detach().double())
+    exact.grad = params[0].grad.double() / 65536
+    torch.optim.Adam([exact], lr=1e-3, eps=1e-10).step()
+    optimizer = fused_opt.Adam(params, lr=1e-3, eps=1e-10, fused=True, state_dtype=torch.float32)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(65536.0), torch.tensor(0.0)
+    optimizer.step()
+    for param in params:
+        torch.testing.assert_close(param.double(), exact.detach(), rtol=1e-3, atol=0)
+        torch.testing.assert_close(optimizer.state[param]["exp_avg"].double(), exact.grad * 0.1, rtol=1e-6, atol=0)
+
+
+def test_gradients_that_cannot_be_divided_in_place() -> None:
+    for grad in (torch.tensor(8.0).expand(4), torch.full((5,), 8.0)[:4]):
+        param = torch.nn.Parameter(torch.ones(4))
+        param.grad = grad
+        optimizer = fused_opt.SGD([param], lr=0.5, fused=True)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+        optimizer.step()
+        assert_same_bits(param, torch.full((4,), 0.5))
+        assert_same_bits(param.grad, torch.ones(4))

@@ -305,7 +305,7 @@ def test_torchs_share_is_undone_if_it_fails_midway() -> None:
     assert torch.equal(negated, before[0])
     assert_same_bits(plain, before[1])
     assert bool((conjugated == 1).all())
-    assert list(optimizer.state) == [negated, plain]
+    assert {id(param) for param in optimizer.state} == {id(negated), id(plain)}
     for index, states in state["state"].items():
         for key, value in states.items():
             assert torch.equal(optimizer.state_dict()["state"][index][key], value)
@@ -328,3 +328,50 @@ def test_add_param_group_names_the_remedy_once() -> None:
     with pytest.raises(TypeError) as error:
         fused_opt.SGD(PARAM).add_param_group({"params": [np.ones(3)]})
     assert str(error.value).count("torch.nn.Parameter") == 1
+
+
+def test_a_lazily_conjugated_state_is_left_to_torch() -> None:
+    results = []
+    for module in (torch.optim, fused_opt):
+        param = torch.nn.Parameter(torch.ones(4))
+        param.grad = torch.ones(4)
+        optimizer = module.SGD([param], lr=0.1, momentum=0.9)
+        optimizer.step()
+        optimizer.state[param]["momentum_buffer"] = torch.full((4,), 1 - 1j).conj().imag
+        optimizer.step()
+        results.append(param.detach())
+    assert_same_bits(results[1], results[0])
+
+
+def test_a_failing_step_leaves_version_counters_alone() -> None:
+    """So a loss computed before can still be differentiated."""
+    native_one, declined = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    native_one.grad, declined.grad = torch.ones(3), torch.ones(3, dtype=torch.complex64).conj()
+    optimizer = fused_opt.Adam([native_one, declined])
+    loss = (native_one**2).sum()
+    with pytest.raises(RuntimeError, match="conj"):
+        optimizer.step()
+    assert len(optimizer.state) == 0
+    loss.backward()
+
+
+def test_an_empty_parameter_may_have_huge_dimensions() -> None:
+    for name in ("Adam", "RMSprop", "SGD"):
+        param = torch.nn.Parameter(torch.empty(2**40, 0, 2**40))
+        param.grad = torch.empty(2**40, 0, 2**40)
+        optimizer = getattr(fused_opt, name)([param])
+        optimizer.step()
+        assert [row.path for row in fused_opt.explain(optimizer).rows] == [f"cpu-{native().isa}"]
+
+
+def test_a_forced_torch_backend_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_OPT_BACKEND", "torch")
+    native.cache_clear()
+    try:
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        monkeypatch.setattr(torch.Tensor, "clone", lambda *_, **__: pytest.fail("cloned"))
+        fused_opt.AdamW([param]).step()
+    finally:
+        native.cache_clear()
+    assert bool((param < 1).all())

@@ -139,3 +139,14 @@ def test_16_bit_sparse_gradients() -> None:
     for optimizer in pair:
         step_with(optimizer, [sparse_grad(0, torch.bfloat16)])
     assert_same_state(*pair)
+
+
+def test_sparse_parameters_are_stepped_after_all_that_may_fail() -> None:
+    """A sparse one is not copied to be put back; so the dense one that torch refuses must come before it."""
+    params = [torch.nn.Parameter(torch.ones(4, 2)) for _ in range(2)]
+    optimizer = make(fused_opt, "SGD", [p.detach() for p in params], lr=1.0, weight_decay=0.0)
+    set_grads(optimizer, [torch.ones(4, 2).to_sparse(1)] * 2)
+    optimizer.step()
+    set_grads(optimizer, [torch.ones(4, 2).to_sparse(1), torch.ones(4, 2)])
+    with nothing_changes(optimizer), pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()

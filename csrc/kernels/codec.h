@@ -142,7 +142,7 @@ template <>
 }
 #endif
 
-// kChunk values between memory and registers, in whatever order is quick, the same for every operand: see `update`.
+// kChunk values between memory and registers, in whatever order is quick, the same for every operand: see `update_coded`.
 template <class Value>
 struct Chunk {
   [[gnu::always_inline]] static void decode(const void* stored, float* real) { decode_packed<Value>(stored, real, kChunk); }

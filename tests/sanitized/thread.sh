@@ -5,7 +5,7 @@
 # With clang and its OpenMP, because ThreadSanitizer sees how that one's threads wait for each other (through Archer, which comes with it);
 # GNU's tells nobody, and every step would be reported.
 #
-# About a minute.
+# Takes a minute of CPU time.
 #
 #   thread.sh      exit 0: nothing found; 1: a race or a differing bit; 2: could not be tried
 set -euo pipefail
