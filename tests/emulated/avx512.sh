@@ -1,6 +1,6 @@
 #!/bin/bash
-# Compares the bits of the scalar, AVX2 and AVX-512 kernels on a machine that need not have AVX-512: boots a Linux
-# kernel whose only program is isa_bits.cpp on an emulated Skylake-X (Bochs). Takes about 2 minutes of one core.
+# Compares the bits of the AVX2 and AVX-512 kernels with each other and with the scalar ones, on a machine that need not have AVX-512: boots
+# a Linux kernel whose only program is isa_bits.cpp on an emulated Skylake-X (Bochs). Takes about 4 minutes of one core.
 #
 #   avx512.sh CHECKOUT WORK_FOLDER [KERNEL_IMAGE]      exit 0: identical bits; 1: some differ; 2: could not be tried
 #
@@ -75,7 +75,7 @@ cat >init.c <<'END'
 int main(void) {
   int status = 0;
   if (fork() == 0) {
-    execl("/isa_bits", "isa_bits", "scalar", "avx2", "avx512", (char*)0);
+    execl("/isa_bits", "isa_bits", "avx2", "avx512", (char*)0);
     _exit(127);
   }
   wait(&status);
@@ -124,8 +124,11 @@ TERM=vt100 timeout --foreground -s KILL 1200 nice -n 10 bochs -q -f bochsrc -rc 
   </dev/null >screen.txt 2>&1 || true
 tr -d '\r' <serial.txt >emulated.txt
 grep -E 'smpboot: CPU0|Enabled xstate|^CPU has|differ|^isa_bits ended' emulated.txt || true
-grep -q '^CPU has.* dq: yes; running: scalar avx2 avx512$' emulated.txt || fail "no start with AVX-512: see serial.txt"
+grep -q '^CPU has.* dq: yes; running: avx2 avx512$' emulated.txt || fail "no start with AVX-512: see serial.txt"
 grep -q '^isa_bits ended: exit [01], signal 0$' emulated.txt || broken "the kernels did not end properly: see serial.txt"
 grep -q ' compared, 0 differing$' emulated.txt || exit 1
-cmp <(grep -oE 'hash [0-9a-f]{16}' native.txt) <(grep -oE 'hash [0-9a-f]{16}' emulated.txt) || exit 1
-echo "all hashes are those that this machine's own arithmetic gives"
+# Bochs 2.7 rounds ties up in VCVTPS2PH (0x38801000 becomes 0x0401), where a processor rounds them to even. Both emulated kernels use it, so
+# they can be compared with each other, but not with this machine's.
+hashes() { grep -v ' float16 ' "$1" | grep -oE 'hash [0-9a-f]{16}'; }
+cmp <(hashes native.txt) <(hashes emulated.txt) || exit 1
+echo "all $(hashes native.txt | wc -l) hashes, those of float16 excepted, are those that this machine's own arithmetic gives"
