@@ -108,7 +108,10 @@ def _writable(tensor: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def _unscaled_gradients(params: list[torch.Tensor], grad_scale: torch.Tensor | None) -> Iterator[None]:
     """Within this context the parameters have unscaled copies of their gradients."""
-    grads = [(param, param.grad) for param in params if grad_scale is not None and param.grad is not None]
+    if grad_scale is None:
+        yield
+        return
+    grads = [(param, param.grad) for param in params if param.grad is not None]
     try:
         with torch.no_grad():
             for param, grad in grads:
