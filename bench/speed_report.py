@@ -63,7 +63,11 @@ def notes(rows: Sequence[Row | Skipped], other_load: float | None) -> str:
         )
     lines += [f"{row.job} was skipped: it {row.reason}" for row in rows if isinstance(row, Skipped)]
     measured = [row for row in rows if isinstance(row, Row)]
-    lines += [f"WRONG: {row.job}, {name}: error {_error(row.errors[name])}" for row in measured for name in row.wrong]
+    lines += [
+        f"{'fused_opt' if name == OURS else f'torch, {name}'} is WRONG: {row.job}: error {_error(row.errors[name])}"
+        for row in measured
+        for name in row.wrong
+    ]
     if lines:
         lines.append("")
     if any(row.wrong for row in measured):

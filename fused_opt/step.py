@@ -284,6 +284,8 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, 
     if reason:
         with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
         return GroupPlan(group, (), None, (), (), [(i, reason) for i in with_grad])
+    if "state_dtype" in group:
+        check_state_dtype(group["state_dtype"])
     rule = optimizer._rule
     slots = rule.slots(group)
     batch: _cpu.Batch = kept.batches.get((index, slots)) or backend.module.Batch(slots, rule.counter)

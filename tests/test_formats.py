@@ -140,6 +140,10 @@ def test_state_dtype_may_differ_between_groups_and_is_refused_where_it_is_none()
             fused_opt.AdamW(params, state_dtype=bad)
         with pytest.raises(ValueError, match="Invalid state_dtype"):
             optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "state_dtype": bad})
+        optimizer.param_groups[0]["state_dtype"] = bad
+        with pytest.raises(ValueError, match="Invalid state_dtype"):
+            optimizer.step()
+        optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
     complex_param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
     complex_param.grad = torch.ones_like(complex_param)
     with pytest.raises(ValueError, match=r"bfloat16 has no complex counterpart.*complex64"):
