@@ -20,7 +20,7 @@ def check_state_dtype(value: Any) -> None:
     """Raise ValueError if `value` can be no `state_dtype`."""
     if value is not None and value not in STATE_DTYPES:
         names = ", ".join(map(str, STATE_DTYPES))
-        raise ValueError(f"Invalid state_dtype: {value!r}; use one of {names} (also for complex parameters, of their parts), or None as torch")
+        raise ValueError(f"Invalid state_dtype: {value!r}; use one of {names} (of the parts of complex numbers), or None as torch")
 
 
 def check_gradient_dtype(rule: Rule, group: Group, index: int, param: torch.Tensor) -> None:
