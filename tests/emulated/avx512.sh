@@ -126,9 +126,10 @@ tr -d '\r' <serial.txt >emulated.txt
 grep -E 'smpboot: CPU0|Enabled xstate|^CPU has|differ|^isa_bits ended' emulated.txt || true
 grep -q '^CPU has.* dq: yes; running: avx2 avx512$' emulated.txt || fail "no start with AVX-512: see serial.txt"
 grep -q '^isa_bits ended: exit [01], signal 0$' emulated.txt || broken "the kernels did not end properly: see serial.txt"
-grep -q ' compared, 0 differing$' emulated.txt || exit 1
 # Bochs 2.7 rounds ties up in VCVTPS2PH (0x38801000 becomes 0x0401), where a processor rounds them to even. Both emulated kernels use it, so
-# they can be compared with each other, but not with this machine's.
+# they can be compared with each other, but not with this machine's; nor the codec, which does without it where values are not packed.
+grep -q ' compared, ' emulated.txt || exit 1
+! grep -E ' of [0-9]+ differ ' emulated.txt | grep -vE '  0 of [0-9]+ differ |^codec of float32 +float16 ' || exit 1
 hashes() { grep -v ' float16 ' "$1" | grep -oE 'hash [0-9a-f]{16}'; }
 cmp <(hashes native.txt) <(hashes emulated.txt) || exit 1
 echo "all $(hashes native.txt | wc -l) hashes, those of float16 excepted, are those that this machine's own arithmetic gives"
