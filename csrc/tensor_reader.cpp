@@ -47,42 +47,6 @@ enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
 
 }  // namespace
 
-int64_t TensorInfo::numel() const {
-  if (std::find(shape, shape + ndim, 0) != shape + ndim) return 0;  // whose other dimensions may be beyond what 64 bits count
-  int64_t n = 1;
-  for (int32_t d = 0; d < ndim; ++d) n *= shape[d];
-  return n;
-}
-
-bool same_shape(const TensorInfo& a, const TensorInfo& b) { return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape); }
-
-bool same_strides(const TensorInfo& a, const TensorInfo& b) {
-  for (int32_t d = 0; d < a.ndim; ++d)
-    if (a.shape[d] > 1 && a.strides[d] != b.strides[d]) return false;
-  return true;
-}
-
-bool is_dense(const TensorInfo& t) {
-  int64_t expected = 1;
-  bool contiguous = true;
-  for (int32_t d = t.ndim - 1; d >= 0 && contiguous; --d) {
-    contiguous = t.shape[d] <= 1 || t.strides[d] == expected;
-    expected *= t.shape[d];
-  }
-  if (contiguous || t.numel() == 0) return true;
-
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int32_t d = 0; d < t.ndim; ++d)
-    if (t.shape[d] > 1) dims.emplace_back(t.strides[d], t.shape[d]);
-  std::sort(dims.begin(), dims.end());
-  expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
 TensorReader::TensorReader() {
   const py::object torch = py::module_::import("torch");
   // References are kept for the life of the process: torch's types outlive every optimizer.

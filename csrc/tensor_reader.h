@@ -3,30 +3,9 @@
 
 #include <Python.h>
 
-#include <cstdint>
-#include <vector>
+#include "tensor_info.h"
 
 namespace fused_opt {
-
-// What an update needs to know of a tensor. Pointers are borrowed from the tensor and live as long as it is neither freed nor resized.
-struct TensorInfo {
-  void* data = nullptr;
-  const int64_t* shape = nullptr;
-  const int64_t* strides = nullptr;  // in elements
-  int32_t ndim = 0;
-  bool on_cpu = false;
-  char kind = '?';  // 'f' IEEE float, 'b' bfloat16, 'c' complex, 'i' signed integer, '?' any other
-  uint8_t bits = 0;
-  std::vector<int64_t> owned_dims;  // backs shape and strides where torch cannot lend them (before 2.10)
-
-  int64_t numel() const;
-};
-
-bool same_shape(const TensorInfo& a, const TensorInfo& b);
-// The same element order in memory. Strides of dimensions of size one or less mean nothing and are not compared.
-bool same_strides(const TensorInfo& a, const TensorInfo& b);
-// No gaps and no overlaps: numel() consecutive elements, in whatever order of dimensions.
-bool is_dense(const TensorInfo& t);
 
 // Keeps a tensor alive from C++, through DLPack.
 class Hold {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "request.h"
-#include "tensor_reader.h"
+#include "tensor_info.h"
 
 namespace fused_opt {
 

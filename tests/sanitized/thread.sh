@@ -36,7 +36,7 @@ flags() { sed -n "s/^$1://p" "$csrc/kernels/flags.txt"; }
 case $(uname -m) in x86_64) isas="scalar avx2 avx512" ;; *) isas=scalar ;; esac
 {
   for isa in $isas; do echo "$csrc/kernels/table.cpp -o $isa.o $(flags all) $(flags $isa) -DFUSED_OPT_ISA=$isa"; done
-  for source in task walk; do echo "$csrc/$source.cpp -o $source.o"; done
+  for source in task tensor_info walk; do echo "$csrc/$source.cpp -o $source.o"; done
   echo "$here/threads.cpp -o threads.o -I$csrc"
   echo "$csrc/parallel.cpp -o openmp/parallel.o -fopenmp"
   echo "$csrc/parallel.cpp -o forked/parallel.o"  # without OpenMP it does what it does in a forked child, where races are not looked for
