@@ -84,11 +84,11 @@ def unscale(params: list[torch.Tensor], grad_scale: torch.Tensor) -> None:
         if grad is None:
             continue
         if not _writable(grad):
-            param.grad = grad.div(grad_scale)
+            param.grad = grad.div(grad_scale.to(grad.device))
         else:
             grads[(grad.data_ptr(), grad.shape, grad.stride()) if grad.layout == torch.strided else id(grad)] = grad
     for grad in grads.values():
-        grad.div_(grad_scale)
+        grad.div_(grad_scale.to(grad.device))
 
 
 def _writable(tensor: torch.Tensor) -> bool:
@@ -115,7 +115,7 @@ def _unscaled_gradients(params: list[torch.Tensor], grad_scale: torch.Tensor | N
     try:
         with torch.no_grad():
             for param, grad in grads:
-                param.grad = grad.div(grad_scale)
+                param.grad = grad.div(grad_scale.to(grad.device))
         yield
     finally:
         for param, grad in grads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -77,6 +78,15 @@ def outcome(action: Callable[[], Any]) -> type[Exception] | None:
     except Exception as error:
         return type(error)
     return None
+
+
+def through_file(saved: dict[str, Any]) -> dict[str, Any]:
+    """Saved and loaded."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
 
 
 @contextlib.contextmanager

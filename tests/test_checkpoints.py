@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -12,20 +11,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import fused_opt
 from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of
-from pairs import ALL_STATES, SHAPES, assert_native, make, make_pair, nothing_changes, outcome, step_with
+from pairs import ALL_STATES, SHAPES, assert_native, make, make_pair, nothing_changes, outcome, step_with, through_file
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
 LATE = 2  # the parameter that gets its first gradient only after the checkpoint
 
 every_class = pytest.mark.parametrize("name", CLASSES)
-
-
-def through_file(saved: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
 
 
 def problem(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[list[torch.Tensor | None]]]:

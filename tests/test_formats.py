@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import fused_opt
-from fused_opt.bench.cases import CASES, Case
 from fused_opt.bench.rounding import correctly_rounded
-from helpers import SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, ours, run_steps
+from helpers import SUPPORTED_ISAS, assert_same_bits
 
 SHORT = (torch.bfloat16, torch.float16)
 needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
@@ -91,24 +90,6 @@ def test_flushing_subnormal_numbers_does_not_touch_stored_ones(dtype: torch.dtyp
     finally:
         torch.set_flush_denormal(False)
     assert_same_bits(param, smallest)
-
-
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_isas_and_threads_agree(case: Case, dtype: torch.dtype, use_isa, threads) -> None:
-    values, grads = make_problem(((80_021,), (7,), (300, 101), (1,), (8192,)), steps=2, dtype=torch.float32)
-    values, grads = [v.to(dtype) for v in values], [[g.to(dtype) for g in step] for step in grads]
-    results = []
-    for isa in SUPPORTED_ISAS:
-        for count in (1, 3):
-            use_isa(isa)
-            threads(count)
-            _, optimizer = ours(case, values)
-            run_steps(optimizer, grads)
-            assert (optimizer._last_ran.isa, optimizer._last_ran.threads) == (isa, count)
-            results.append(optimizer)
-    for other in results[1:]:
-        assert_same_state(other, results[0])
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

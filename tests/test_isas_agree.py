@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import fused_opt
-from fused_opt.bench.cases import CASES, DTYPES, Case
+from fused_opt.bench.cases import CASES, DTYPES, SHORT_DTYPES, Case
 from helpers import ALL_ISAS, SUPPORTED_ISAS, assert_same_state, make_problem, ours, run_steps
 
 SHAPES = ((80_021,), (7,), (300, 101), (1,), (8192,))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, *SHORT_DTYPES], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_isas_and_threads(case: Case, dtype: torch.dtype, use_isa, threads) -> None:
     values, grads = make_problem(SHAPES, steps=3, dtype=dtype)

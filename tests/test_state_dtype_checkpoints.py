@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import fused_opt
 from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of
-from pairs import ALL_STATES, SHAPES, assert_native, make, nothing_changes, outcome, step_with
+from pairs import ALL_STATES, SHAPES, assert_native, make, nothing_changes, outcome, step_with, through_file
 
 # Of the parameter, of its states.
 FORMATS = (
@@ -47,14 +46,6 @@ def trained(
 def twin(optimizer: torch.optim.Optimizer, module: Any = fused_opt, **options: Any) -> torch.optim.Optimizer:
     """New, of the same class, on copies of its parameters as they are now."""
     return make(module, type(optimizer).__name__, [p.detach() for p in params_of(optimizer)], **options)
-
-
-def through_file(saved: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
 
 
 def dtypes_of_states(optimizer: torch.optim.Optimizer) -> set[torch.dtype]:
