@@ -26,4 +26,10 @@ bool same_strides(const TensorInfo& a, const TensorInfo& b);
 // No gaps and no overlaps: numel() consecutive elements, in whatever order of dimensions.
 bool is_dense(const TensorInfo& t);
 
+// Elements between a tensor's first and its last one in memory, both included: numel() if it is dense.
+int64_t span(const TensorInfo& t);
+
+// Whether no two elements share memory: true if it certainly is so.
+bool surely_disjoint(const TensorInfo& t);
+
 }  // namespace fused_opt

@@ -40,26 +40,4 @@ Walk::Walk(const TensorInfo* const* tensors, int count) {
   }
 }
 
-int64_t span(const TensorInfo& t) {
-  if (t.numel() == 0) return 0;
-  int64_t last = 0;
-  for (int32_t d = 0; d < t.ndim; ++d) last += (t.shape[d] - 1) * t.strides[d];
-  return last + 1;
-}
-
-bool surely_disjoint(const TensorInfo& t) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int32_t d = 0; d < t.ndim; ++d) {
-    if (t.shape[d] == 0) return true;
-    if (t.shape[d] > 1) dims.emplace_back(t.strides[d], t.shape[d]);
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t reach = 0;  // of the smaller strides together
-  for (const auto& [stride, size] : dims) {
-    if (stride <= reach) return false;
-    reach += stride * (size - 1);
-  }
-  return true;
-}
-
 }  // namespace fused_opt

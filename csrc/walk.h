@@ -58,10 +58,4 @@ void Walk::rows(int k, int64_t begin, int64_t count, F f) const {
   }
 }
 
-// Elements between a tensor's first and its last one in memory, both included: numel() if it is dense.
-int64_t span(const TensorInfo& t);
-
-// Whether no two elements share memory: true if it certainly is so.
-bool surely_disjoint(const TensorInfo& t);
-
 }  // namespace fused_opt
