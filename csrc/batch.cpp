@@ -57,25 +57,16 @@ void increment(void* data) {
   std::memcpy(data, &x, sizeof x);
 }
 
-// Whether the format is one that codecs read, and which; complex numbers are pairs of reals.
-bool find_format(const TensorInfo& t, Format& format) {
-  const int bits = t.kind == 'c' ? t.bits / 2 : t.bits;
-  if (t.kind == 'b' && bits == 16)
-    format = Format::kBFloat16;
-  else if (t.kind != 'f' && t.kind != 'c')
-    return false;
-  else if (bits == 32)
-    format = Format::kFloat32;
-  else if (bits == 64)
-    format = Format::kFloat64;
-  else if (bits == 16)
-    format = Format::kFloat16;
-  else
-    return false;
-  return true;
-}
-
 bool is_complex(const TensorInfo& t) { return t.kind == 'c'; }
+
+int64_t blocks_of(int64_t numel, int64_t block_size) { return (numel + block_size - 1) / block_size; }
+
+// The one block size that `numel` elements with so many scales can have; 0 if there is none. (Any that makes one block is the same.)
+int64_t block_size_of(int64_t numel, int64_t scales) {
+  for (int64_t size = kMinBlock; size <= kMaxBlock; size *= 2)
+    if (blocks_of(numel, size) == scales) return size;
+  return 0;
+}
 
 int64_t bytes_spanned(const TensorInfo& t) { return span(t) * t.bits / 8; }
 
@@ -88,7 +79,7 @@ bool overlap_in_part(const TensorInfo& a, const TensorInfo& b) {
 }
 
 void place(Entry& entry, int k, const TensorInfo& t, Format format) {
-  entry.operands[k] = {t.data, format};
+  entry.operands[k] = {t.data, format, nullptr};
   entry.bytes[k] = bytes_spanned(t);
   if (format == Format::kFloat64) entry.precision = Precision::kDouble;
 }
@@ -96,7 +87,12 @@ void place(Entry& entry, int k, const TensorInfo& t, Format format) {
 std::string describe(const TensorInfo& t) {
   std::string text = "shape (";
   for (int32_t d = 0; d < t.ndim; ++d) text += (d ? ", " : "") + std::to_string(t.shape[d]);
-  const char* kind = t.kind == 'f' ? "float" : t.kind == 'b' ? "bfloat" : t.kind == 'c' ? "complex" : t.kind == 'i' ? "int" : "other";
+  const char* kind = t.kind == 'f'   ? "float"
+                     : t.kind == 'b' ? "bfloat"
+                     : t.kind == 'c' ? "complex"
+                     : t.kind == 'i' ? "int"
+                     : t.kind == 'u' ? "uint"
+                                     : "other";
   return text + "), dtype " + kind + std::to_string(t.bits);
 }
 
@@ -116,6 +112,35 @@ std::string describe(const TensorInfo& t) {
 }
 
 }  // namespace
+
+// Of a state in 8-bit codes: checks that codes and scales are of the one form that the kernels take.
+void Batch::attach_scales(Candidate& candidate, int operand, const TensorInfo& codes, const TensorInfo& first, PyObject* tensor) {
+  Entry& entry = candidate.entry;
+  const size_t k = static_cast<size_t>(operand - kFirstState), index = static_cast<size_t>(candidate.index);
+  const Slot& slot = layout_.slots[k];
+  const auto refuse = [&](const std::string& what) {
+    throw std::runtime_error("parameter " + std::to_string(index) + " of its group: " + what +
+                             "; load a state_dict that this version wrote, or delete this parameter's state to start it afresh");
+  };
+  const std::string name = PyUnicode_AsUTF8(slot.name);
+  if (!is_codes(codes) || (k > 0) != (entry.block_size > 0)) refuse("some of its states are 8-bit codes and others are not");
+  if (entry.precision != Precision::kSingle && entry.operands[kParam].format == Format::kFloat64)
+    refuse("its states are 8-bit codes, which needs float32, bfloat16 or float16, but it has " + describe(candidate.param));
+  if ((codes.kind == 'u') != slot.non_negative)
+    refuse("state '" + name + "' has " + describe(codes) + ", but its codes are " + (slot.non_negative ? "uint8" : "int8"));
+  if (!is_dense(codes) || !same_strides(codes, first)) refuse("the codes of its states are not densely packed in one and the same order");
+  TensorInfo scales;
+  if (!read_state(index, layout_.slots.size() + k, tensor, scales) || !scales.on_cpu || scales.kind != 'f' || scales.bits != 32 ||
+      scales.ndim != 1 || !is_dense(scales))
+    refuse("the scales of state '" + name + "' are not a contiguous float32 tensor with one dimension, on the CPU");
+  const int64_t block_size = block_size_of(codes.numel(), scales.numel());
+  if (block_size == 0 || (k > 0 && block_size != entry.block_size))
+    refuse("state '" + name + "' has " + std::to_string(codes.numel()) + " codes and " + std::to_string(scales.numel()) +
+           " scales, which is no block size, or not that of the other states");
+  entry.block_size = block_size;
+  entry.precision = Precision::kSingle;  // whatever the gradient has
+  entry.operands[operand].scales = scales.data;
+}
 
 void Batch::clear() {
   for (PyObject* object : held_) Py_DECREF(object);
@@ -179,8 +204,8 @@ const char* Batch::classify(PyObject* param, PyObject* grad, Candidate& candidat
   return nullptr;
 }
 
-bool Batch::read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& out) {
-  const size_t position = index * (layout_.slots.size() + 1) + slot;
+bool Batch::read_state(size_t index, size_t position, PyObject* tensor, TensorInfo& out) {
+  position += index * (2 * layout_.slots.size() + 1);
   if (small_states_.size() <= position) small_states_.resize(position + 1);
   Hold& hold = small_states_[position];
   if (hold.is(tensor)) return reader_.read(tensor, out);
@@ -191,16 +216,23 @@ bool Batch::read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& 
   return true;
 }
 
+// The tensor under `key`, which must be there.
+PyObject* Batch::state(PyObject* param_state, PyObject* key, const Candidate& candidate) {
+  PyObject* const tensor = PyDict_GetItemWithError(param_state, key);
+  if (tensor == nullptr) no_such_state(static_cast<size_t>(candidate.index), key);
+  return hold(tensor);  // before anything that may run other Python code, and another thread: it could replace the state
+}
+
 // For a parameter that torch will step: torch would notice a state of another shape only after it has stepped the parameters before it.
 void Batch::check_shapes(PyObject* param_state, const TensorInfo& p) const {
   if (param_state == nullptr || p.data == nullptr) return;
-  for (PyObject* slot : layout_.slots) {
-    PyObject* const tensor = PyDict_GetItemWithError(param_state, slot);
+  for (const Slot& slot : layout_.slots) {
+    PyObject* const tensor = PyDict_GetItemWithError(param_state, slot.name);
     if (tensor == nullptr && PyErr_Occurred()) throw py::error_already_set();
     if (tensor == nullptr) continue;
     const py::object held = py::reinterpret_borrow<py::object>(tensor);
     TensorInfo s;
-    if (reader_.read(tensor, s) && !same_shape(s, p)) refuse_state(slot, s, p);
+    if (reader_.read(tensor, s) && !same_shape(s, p)) refuse_state(slot.name, s, p);
   }
 }
 
@@ -210,45 +242,54 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
   Entry& entry = candidate.entry;
   const size_t index = static_cast<size_t>(candidate.index), slots = layout_.slots.size();
   TensorInfo states[kMaxStates];
-  PyObject* touched[kMaxStates + 1] = {};
+  const size_t first_written = written.size();
   bool dense = candidate.dense;
   for (size_t k = 0; k < slots; ++k) {
-    PyObject* const tensor = PyDict_GetItemWithError(param_state, layout_.slots[k]);
-    if (tensor == nullptr) no_such_state(index, layout_.slots[k]);
-    hold(tensor);  // before anything that may run other Python code, and another thread: it could replace the state
-    touched[k] = tensor;
+    const Slot& slot = layout_.slots[k];
+    const int operand = kFirstState + static_cast<int>(k);
+    PyObject* const tensor = state(param_state, slot.name, candidate);
+    written.push_back(tensor);
     TensorInfo& s = states[k];
-    Format format;
-    if (!read_state(index, k, tensor, s)) return *because = "a state is not a plain strided tensor, or lazily negated or conjugated", false;
-    if (!same_shape(s, p) || is_complex(s) != is_complex(p) || !find_format(s, format)) refuse_state(layout_.slots[k], s, p);
-    if (!s.on_cpu) return *because = "a state is not on the CPU", false;
+    const auto decline = [&](const char* reason) {
+      written.resize(first_written);
+      *because = reason;
+      return false;
+    };
+    if (!read_state(index, k, tensor, s)) return decline("a state is not a plain strided tensor, or lazily negated or conjugated");
+    Format format = Format::kFloat32;
+    const bool codes = is_codes(s);
+    if (!same_shape(s, p) || is_complex(s) != is_complex(p) || !(codes || find_format(s, format))) refuse_state(slot.name, s, p);
+    if (!s.on_cpu) return decline("a state is not on the CPU");
     if (!same_strides(s, p)) {
       dense = false;
-      if (!surely_disjoint(s)) return *because = "a state's memory may overlap itself", false;
+      if (!surely_disjoint(s)) return decline("a state's memory may overlap itself");
     }
-    place(entry, kFirstState + static_cast<int>(k), s, format);
+    place(entry, operand, s, format);
+    if (codes || entry.block_size > 0) {
+      PyObject* const scales = codes ? state(param_state, slot.scales, candidate) : nullptr;
+      attach_scales(candidate, operand, s, states[0], scales);
+      written.push_back(scales);
+    }
   }
   double step = 0;
   if (layout_.counter != nullptr) {
-    PyObject* const tensor = PyDict_GetItemWithError(param_state, layout_.counter);
+    PyObject* const tensor = state(param_state, layout_.counter, candidate);
+    written.push_back(tensor);
     TensorInfo c;
-    if (tensor == nullptr) no_such_state(index, layout_.counter);
-    hold(tensor);
-    touched[slots] = tensor;
-    if (!read_state(index, slots, tensor, c) || !c.on_cpu || c.kind != 'f' || c.bits < 32 || c.numel() != 1)
+    if (!read_state(index, 2 * slots, tensor, c) || !c.on_cpu || c.kind != 'f' || c.bits < 32 || c.numel() != 1) {
+      written.resize(first_written);
       return *because = "the step counter is not a one-element float32 or float64 tensor on the CPU", false;
+    }
     entry.counter = c.data;
     entry.counter_is_double = c.bits == 64;
     step = entry.counter_is_double ? load<double>(c.data) : load<float>(c.data);
   }
-  for (PyObject* tensor : touched)
-    if (tensor != nullptr) written.push_back(tensor);
   entry.cohort = cohort(step, fresh);
   if (!dense && entry.count > 0) {
     const TensorInfo* tensors[kMaxOperands] = {&p, &candidate.grad};
     for (size_t k = 0; k < slots; ++k) tensors[kFirstState + k] = &states[k];
     entry.walk = static_cast<int>(walks.size());
-    walks.emplace_back(tensors, kFirstState + static_cast<int>(slots));
+    walks.emplace_back(tensors, kFirstState + static_cast<int>(slots), entry.block_size > 0 ? kFirstState : kParam);
   }
   return true;
 }
@@ -276,7 +317,7 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
     if (param_state != nullptr) hold(param_state);
     const bool has_states = param_state != nullptr && PyDict_Check(param_state) && PyDict_GET_SIZE(param_state) > 0;
     // A rule that counts has all its states from the first step on; one that does not (SGD) may be given its buffer late.
-    PyObject* const first = !has_states ? nullptr : layout_.counter ? Py_True : PyDict_GetItemWithError(param_state, layout_.slots[0]);
+    PyObject* const first = !has_states ? nullptr : layout_.counter ? Py_True : PyDict_GetItemWithError(param_state, layout_.slots[0].name);
     if (stateful && (first == nullptr || first == Py_None)) {
       missing.push_back(std::move(candidate));
     } else {
@@ -292,7 +333,7 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
     params.push_back(param);
     indices.push_back(i);
   }
-  const size_t positions = static_cast<size_t>(PyList_GET_SIZE(param_list)) * (layout_.slots.size() + 1);
+  const size_t positions = static_cast<size_t>(PyList_GET_SIZE(param_list)) * (2 * layout_.slots.size() + 1);
   if (small_states_.size() > positions) small_states_.resize(positions);
   return !missing.empty() || !declined.empty() || !mixed.empty() || !complex.empty();
 } catch (...) {
@@ -312,7 +353,10 @@ void Batch::append_ranges(std::vector<Range>& ranges) const {
     if (bytes > 0 && data != nullptr) ranges.push_back({begin, begin + static_cast<uintptr_t>(bytes), write});
   };
   const auto append_entry = [&append](const Entry& e) {
-    for (int k = 0; k < kMaxOperands; ++k) append(e.operands[k].data, e.bytes[k], k != kGrad);
+    for (int k = 0; k < kMaxOperands; ++k) {
+      append(e.operands[k].data, e.bytes[k], k != kGrad);
+      if (e.operands[k].scales) append(e.operands[k].scales, blocks_of(e.count, e.block_size) * int64_t(sizeof(float)), true);
+    }
     append(e.counter, e.counter_is_double ? 8 : 4, true);
   };
   for (const Entry& e : entries) append_entry(e);
@@ -322,7 +366,7 @@ void Batch::append_ranges(std::vector<Range>& ranges) const {
 Format Batch::kernel_format(const Entry& entry) const {
   const Format own = entry.operands[kParam].format;
   bool common = entry.walk < 0;
-  for (int k = 0; k < operand_count(); ++k) common &= entry.operands[k].format == own;
+  for (int k = 0; k < operand_count(); ++k) common &= entry.operands[k].format == own && !entry.operands[k].scales;
   return common ? own : entry.precision == Precision::kSingle ? Format::kFloat32 : Format::kFloat64;
 }
 

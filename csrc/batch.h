@@ -19,10 +19,17 @@ struct Cohort {
   bool fresh;   // the states were created for this step
 };
 
+// A state as optimizer.state has it: a tensor like the parameter, or codes and their blocks' scales.
+struct Slot {
+  PyObject* name;    // interned key
+  PyObject* scales;  // interned key
+  bool non_negative;
+};
+
 // What a rule reads and writes beside parameter and gradient.
 struct Layout {
-  std::vector<PyObject*> slots;  // interned state keys, in the rule's order
-  PyObject* counter;             // interned key of the step counter, or null
+  std::vector<Slot> slots;  // in the rule's order
+  PyObject* counter;        // interned key of the step counter, or null
 };
 
 struct Entry {
@@ -30,7 +37,8 @@ struct Entry {
   int64_t bytes[kMaxOperands];  // from an operand's first byte to its last
   int64_t count;                // real numbers in each operand
   Precision precision;
-  int walk = -1;  // index in Batch::walks if some operand is not densely packed, or not in the others' order
+  int64_t block_size = 0;  // of states in 8-bit codes; 0 if they are none
+  int walk = -1;           // index in Batch::walks if some operand is not densely packed, or not in the others' order
   int cohort;
   void* counter = nullptr;  // the step counter's memory
   bool counter_is_double = false;
@@ -85,15 +93,17 @@ class Batch {
  private:
   const char* classify(PyObject* param, PyObject* grad, Candidate& candidate) const;
   bool attach_states(PyObject* param_state, bool fresh, Candidate& candidate, const char** because);
+  void attach_scales(Candidate& candidate, int operand, const TensorInfo& codes, const TensorInfo& first, PyObject* tensor);
   void check_shapes(PyObject* param_state, const TensorInfo& param) const;
-  bool read_state(size_t index, size_t slot, PyObject* tensor, TensorInfo& out);
+  PyObject* state(PyObject* param_state, PyObject* key, const Candidate& candidate);
+  bool read_state(size_t index, size_t position, PyObject* tensor, TensorInfo& out);
   PyObject* hold(PyObject* object);
   int cohort(double step, bool fresh);
 
   const TensorReader& reader_;
   const Layout layout_;
   std::vector<PyObject*> held_;     // a reference to every object whose memory is used, so that none is freed without the GIL
-  std::vector<Hold> small_states_;  // by index and slot, the counter last; see kMaxHeldBytes
+  std::vector<Hold> small_states_;  // by index and position: slots, their scales, the counter; see kMaxHeldBytes
 };
 
 }  // namespace fused_opt

@@ -6,12 +6,24 @@
 #include <tuple>
 
 #include "batch.h"
-#include "isa.h"
+#include "bindings.h"
 #include "parallel.h"
 
 namespace py = pybind11;
 
 namespace fused_opt {
+
+const Isa& find_isa(const std::string& name) {
+  for (int i = 0; i < isa_count; ++i)
+    if (name == isas[i].name && isas[i].supported()) return isas[i];
+  throw py::value_error("'" + name + "' is no instruction set that is compiled in and that this CPU has");
+}
+
+TensorReader& reader() {
+  static TensorReader* const instance = new TensorReader();  // never destroyed: batches may outlive the module
+  return *instance;
+}
+
 namespace {
 
 struct RuleInfo {
@@ -33,12 +45,6 @@ const RuleInfo& find_rule(const std::string& name) {
   throw py::value_error("unknown rule '" + name + "'; it must be adam, rmsprop or sgd");
 }
 
-const Isa& find_isa(const std::string& name) {
-  for (int i = 0; i < isa_count; ++i)
-    if (name == isas[i].name) return isas[i];
-  throw py::value_error("unknown instruction set '" + name + "'");
-}
-
 // Where each kernel starts, for the test that disassembles them: (isa, rule, flags, format, address).
 using KernelAddress = std::tuple<const char*, const char*, unsigned, const char*, uintptr_t>;
 
@@ -47,23 +53,23 @@ std::vector<KernelAddress> kernel_addresses() {
   for (int i = 0; i < isa_count; ++i)
     for (const RuleInfo& rule : rules)
       for (unsigned flags = 0; flags < rule.flag_combinations; ++flags)
-        for (int format = 0; format < kFormats; ++format) {
-          const Kernel kernel = (isas[i].kernels->*rule.kernels)[flags].at[format];
-          list.emplace_back(isas[i].kernels->isa, rule.name, flags, kFormatNames[format], reinterpret_cast<uintptr_t>(kernel));
+        for (int format = 0; format <= kFormats; ++format) {
+          const KernelsByFormat& kernels = (isas[i].kernels->*rule.kernels)[flags];
+          const Kernel kernel = format < kFormats ? kernels.at[format] : kernels.blocks;
+          const char* const name = format < kFormats ? kFormatNames[format] : "int8";
+          if (kernel) list.emplace_back(isas[i].kernels->isa, rule.name, flags, name, reinterpret_cast<uintptr_t>(kernel));
         }
   return list;
 }
 
-TensorReader& reader() {
-  static TensorReader* const instance = new TensorReader();  // never destroyed: batches may outlive the module
-  return *instance;
-}
+using SlotNames = std::tuple<std::string, std::string, bool>;  // the members of Slot
 
-Layout make_layout(const std::vector<std::string>& slots, const std::string& counter) {
+Layout make_layout(const std::vector<SlotNames>& slots, const std::string& counter) {
   if (slots.size() > kMaxStates) throw py::value_error("a rule has at most " + std::to_string(kMaxStates) + " states");
   Layout layout{{}, counter.empty() ? nullptr : PyUnicode_InternFromString(counter.c_str())};
-  for (const auto& slot : slots) layout.slots.push_back(PyUnicode_InternFromString(slot.c_str()));
-  return layout;  // interned keys are kept for the life of the process: there are eight of them in all
+  for (const auto& [name, scales, non_negative] : slots)
+    layout.slots.push_back({PyUnicode_InternFromString(name.c_str()), PyUnicode_InternFromString(scales.c_str()), non_negative});
+  return layout;  // interned keys are kept for the life of the process: there are fifteen of them in all
 }
 
 py::list to_list(const std::vector<PyObject*>& objects) {
@@ -80,7 +86,6 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
                                 int max_threads) {
   const RuleInfo& rule = find_rule(rule_name);
   const Isa& isa = find_isa(isa_name);
-  if (!isa.supported()) throw py::value_error("this CPU cannot run " + isa_name);
   if (programs.size() != batch.cohorts.size()) throw py::value_error("one program per cohort is needed");
   for (const auto& [flags, scalars] : programs)
     if (flags >= rule.flag_combinations || scalars.size() != rule.scalars)
@@ -92,10 +97,11 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
   for (const Entry& entry : batch.entries) {
     const auto& [flags, scalars] = programs[static_cast<size_t>(entry.cohort)];
     const Format format = batch.kernel_format(entry);
-    const Kernel kernel = (isa.kernels->*rule.kernels)[flags].at[static_cast<int>(format)];
+    const KernelsByFormat& kernels = (isa.kernels->*rule.kernels)[flags];
+    const Kernel kernel = entry.block_size > 0 ? kernels.blocks : kernels.at[static_cast<int>(format)];
     const CodecsByFormat* const codecs = &isa.kernels->codecs[static_cast<int>(entry.precision)];
     const Walk* const walk = entry.walk < 0 ? nullptr : &batch.walks[static_cast<size_t>(entry.walk)];
-    tasks.push_back({kernel, format, scalars.data(), codecs, batch.operand_count(), entry.operands, walk, entry.count});
+    tasks.push_back({kernel, format, scalars.data(), codecs, batch.operand_count(), entry.operands, walk, entry.count, entry.block_size});
   }
   if (tasks.empty()) return {isa.kernels->isa, 0};
   int threads;
@@ -126,7 +132,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("compiler") = __VERSION__;
 
   py::class_<Batch>(m, "Batch")
-      .def(py::init([](const std::vector<std::string>& slots, const std::string& counter) {
+      .def(py::init([](const std::vector<SlotNames>& slots, const std::string& counter) {
              return std::make_unique<Batch>(reader(), make_layout(slots, counter));
            }),
            py::arg("slots"), py::arg("counter"))
@@ -160,6 +166,8 @@ PYBIND11_MODULE(_cpu, m) {
         for (PyObject* object : self.written) list.append(py::handle(object));
         return list;
       });
+
+  add_quantization(m);
 
   py::class_<Sharing>(m, "Sharing").def(py::init<>()).def("found", &Sharing::found, py::arg("batches"));
 }

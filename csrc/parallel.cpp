@@ -22,17 +22,17 @@ bool forked = false;
 constexpr int64_t kMinElementsPerThread = 32768;
 
 // Shares end at multiples of this many elements of a tensor: a cache line of fp32, half a line of 16-bit numbers. torch aligns new tensors
-// to cache lines, so two threads seldom write to the same one.
+// to cache lines, so two threads seldom write to the same one. States in 8-bit codes are shared out by blocks, which are longer.
 constexpr int64_t kShareUnit = 16;
 
 // Elements [begin, end) of all tasks laid end to end.
 void run_share(const std::vector<Task>& tasks, int64_t begin, int64_t end) {
   int64_t start = 0;  // of the task, in the concatenation
   for (const Task& task : tasks) {
-    const int64_t count = task.count;
+    const int64_t count = task.count, unit = std::max(kShareUnit, task.block_size);
     const auto local = [&](int64_t position) {
       const int64_t offset = std::clamp<int64_t>(position - start, 0, count);
-      return offset == count ? count : offset / kShareUnit * kShareUnit;
+      return offset == count ? count : offset / unit * unit;
     };
     const int64_t from = local(begin), to = local(end);
     if (from < to) task.run(from, to);
@@ -43,15 +43,13 @@ void run_share(const std::vector<Task>& tasks, int64_t begin, int64_t end) {
 
 }  // namespace
 
-int run_parallel(const std::vector<Task>& tasks, int max_threads) {
-  int64_t total = 0;
-  for (const Task& task : tasks) total += task.count;
+int run_shares(int64_t total, int max_threads, const std::function<void(int64_t, int64_t)>& share) {
   const int threads = static_cast<int>(std::clamp<int64_t>(total / kMinElementsPerThread, 1, std::max(max_threads, 1)));
   if (threads == 1) {
-    run_share(tasks, 0, total);
+    share(0, total);
     return 1;
   }
-  const auto run_member = [&](int team, int t) { run_share(tasks, total * t / team, total * (t + 1) / team); };
+  const auto run_member = [&](int team, int t) { share(total * t / team, total * (t + 1) / team); };
 #ifdef _OPENMP
   if (!forked) {
     int used = 1;  // may become fewer than asked for: OMP_THREAD_LIMIT, or a parallel region around this one
@@ -74,6 +72,12 @@ int run_parallel(const std::vector<Task>& tasks, int max_threads) {
   run_member(threads, 0);
   for (std::thread& other : others) other.join();
   return static_cast<int>(others.size()) + 1;
+}
+
+int run_parallel(const std::vector<Task>& tasks, int max_threads) {
+  int64_t total = 0;
+  for (const Task& task : tasks) total += task.count;
+  return run_shares(total, max_threads, [&](int64_t begin, int64_t end) { run_share(tasks, begin, end); });
 }
 
 }  // namespace fused_opt

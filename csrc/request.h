@@ -14,16 +14,27 @@ constexpr int kMaxOperands = kFirstState + kMaxStates;
 enum class Precision : uint8_t { kSingle, kDouble };
 constexpr int kPrecisions = 2;
 
-// How a value is stored. The first two are the precisions themselves.
+// How a value is stored by itself. The first two are the precisions themselves.
 enum class Format : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kFormats = 4;
 constexpr int kFormatBytes[kFormats] = {4, 8, 2, 2};
 constexpr const char* kFormatNames[kFormats] = {"float32", "float64", "bfloat16", "float16"};
 
+// 8-bit codes of blocks of values, each block with a scale. States have kMuLaw, or kUnsignedMuLaw if they are never negative (see
+// kernels/code8.h).
+enum class Code : uint8_t { kLinear, kMuLaw, kUnsignedMuLaw };
+constexpr int kCodes = 3;
+constexpr const char* kCodeNames[kCodes] = {"linear", "mulaw", "unsigned_mulaw"};
+constexpr int64_t kMinBlock = 32, kMaxBlock = 4096;
+
 // `count` elements of each operand, densely packed in the kernel's own format, at any address.
 struct Run {
   void* operands[kMaxOperands];
   int64_t count;
+  // Of kernels for states in 8-bit codes, whose parameter and gradient are fp32; else unused.
+  int64_t first;             // position of the first element in the tensors, a multiple of the block size
+  int64_t block_size;        // the last block of a tensor may be shorter
+  void* scales[kMaxStates];  // of all blocks of the tensors, fp32
 };
 
 using Kernel = void (*)(const double* scalars, const Run& run);
@@ -31,6 +42,7 @@ using Kernel = void (*)(const double* scalars, const Run& run);
 // Those for 16-bit formats compute in single precision.
 struct KernelsByFormat {
   Kernel at[kFormats];
+  Kernel blocks;  // for states in 8-bit codes; null if the rule has no states
 };
 
 // Between memory, `stride` elements from one value to the next, and densely packed numbers of a precision.
@@ -43,6 +55,24 @@ struct CodecsByFormat {
   Codec at[kFormats];
 };
 
+// How the fraction of a code is rounded; see Offsets in kernels/code8.h.
+struct Rounding {
+  uint16_t first, step;
+};
+
+// Between the codes of a block and its values, kMaxBlock at the most.
+struct BlockCodec {
+  void (*decode)(const uint8_t* codes, float scale, float* values, int64_t count);
+  void (*encode)(const float* values, int64_t count, uint32_t largest, Rounding rounding, uint8_t* codes);
+};
+
+struct BlockCodecs {
+  BlockCodec at[kCodes];
+  uint32_t (*largest_magnitude)(const float* values, int64_t count);  // as bits
+  float (*scale_of)(uint32_t largest);
+  Rounding (*rounding_of)(bool stochastic, uint64_t seed, int64_t block, uint32_t largest);
+};
+
 struct KernelTable {
   const char* isa;
   // For each rule an array indexed by its flags.
@@ -50,6 +80,7 @@ struct KernelTable {
   const KernelsByFormat* rmsprop;
   const KernelsByFormat* sgd;
   const CodecsByFormat* codecs;  // indexed by precision
+  const BlockCodecs* block_codecs;
 };
 
 // For each rule: its flag bits and the order of its scalars.

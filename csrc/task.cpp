@@ -8,8 +8,13 @@ namespace {
 // Five operands of this size stay in a first-level cache of 32 KiB, beside what is read ahead into it.
 constexpr int64_t kScratchBytes = 4096;
 
+// With states in 8-bit codes whole blocks are updated, and only parameter and gradient pass through scratch memory.
+constexpr int64_t kBlockScratchBytes = kMaxBlock * sizeof(float);
+constexpr int64_t kAllScratchBytes = std::max(kMaxOperands * kScratchBytes, kFirstState* kBlockScratchBytes);
+
 char* at(const Operand& operand, int64_t element) {
-  return static_cast<char*>(operand.data) + element * kFormatBytes[static_cast<int>(operand.format)];
+  const int64_t bytes = operand.scales ? 1 : kFormatBytes[static_cast<int>(operand.format)];
+  return static_cast<char*>(operand.data) + element * bytes;
 }
 
 }  // namespace
@@ -20,20 +25,23 @@ void Task::run(int64_t begin, int64_t end) const {
   bool in_place[kMaxOperands];
   bool all_in_place = true;
   for (int k = 0; k < operand_count; ++k) {
-    in_place[k] = operands[k].format == format && (!walk || walk->dense(k));
+    in_place[k] = operands[k].scales || (operands[k].format == format && (!walk || walk->dense(k)));
     all_in_place &= in_place[k];
   }
-  alignas(64) char scratch[kMaxOperands][kScratchBytes];
+  alignas(64) char scratch[kAllScratchBytes];
   const int64_t real_bytes = kFormatBytes[static_cast<int>(format)];
-  const int64_t block = all_in_place ? end - begin : kScratchBytes / real_bytes;
+  const int64_t scratch_bytes = block_size > 0 ? std::max(kScratchBytes, block_size * real_bytes) : kScratchBytes;
+  const int64_t block = all_in_place ? end - begin : scratch_bytes / real_bytes;
   for (int64_t from = begin; from < end; from += block) {
-    Run run;
+    Run run = {};
     run.count = std::min(block, end - from);
+    run.first = from;
+    run.block_size = block_size;
     // f(codec, memory, stride, scratch, count) for each row of an operand that is not in place
     const auto transfer = [&](int k, auto f) {
       if (in_place[k]) return;
       const Codec& codec = codecs->at[static_cast<int>(operands[k].format)];
-      char* real = scratch[k];
+      char* real = scratch + k * scratch_bytes;
       const auto row = [&](int64_t offset, int64_t stride, int64_t length) {
         f(codec, at(operands[k], offset), stride, real, length);
         real += length * real_bytes;
@@ -41,7 +49,8 @@ void Task::run(int64_t begin, int64_t end) const {
       walk ? walk->rows(k, from, run.count, row) : row(from, 1, run.count);
     };
     for (int k = 0; k < operand_count; ++k) {
-      run.operands[k] = in_place[k] ? at(operands[k], from) : scratch[k];
+      run.operands[k] = in_place[k] ? at(operands[k], from) : scratch + k * scratch_bytes;
+      if (k >= kFirstState) run.scales[k - kFirstState] = operands[k].scales;
       transfer(k, [](const Codec& codec, void* stored, int64_t stride, void* real, int64_t count) {
         codec.decode(stored, stride, real, count);
       });

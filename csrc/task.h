@@ -11,6 +11,7 @@ namespace fused_opt {
 struct Operand {
   void* data;
   Format format;
+  void* scales;  // of states in 8-bit codes, which then have no format; else null
 };
 
 struct Task {
@@ -22,8 +23,9 @@ struct Task {
   const Operand* operands;  // parameter, gradient, states
   const Walk* walk;         // null if all operands are densely packed in the same order
   int64_t count;            // real numbers in each operand
+  int64_t block_size;       // of states in 8-bit codes: then the kernel is one for them; else 0
 
-  // Updates the elements [begin, end) of the walk.
+  // Updates the elements [begin, end) of the walk; `begin` is the start of a block.
   void run(int64_t begin, int64_t end) const;
 };
 

@@ -31,6 +31,25 @@ bool is_dense(const TensorInfo& t) {
   return span(t) == t.numel() && surely_disjoint(t);
 }
 
+bool find_format(const TensorInfo& t, Format& format) {
+  const int bits = t.kind == 'c' ? t.bits / 2 : t.bits;
+  if (t.kind == 'b' && bits == 16)
+    format = Format::kBFloat16;
+  else if (t.kind != 'f' && t.kind != 'c')
+    return false;
+  else if (bits == 32)
+    format = Format::kFloat32;
+  else if (bits == 64)
+    format = Format::kFloat64;
+  else if (bits == 16)
+    format = Format::kFloat16;
+  else
+    return false;
+  return true;
+}
+
+bool is_codes(const TensorInfo& t) { return (t.kind == 'i' || t.kind == 'u') && t.bits == 8; }
+
 int64_t span(const TensorInfo& t) {
   if (t.numel() == 0) return 0;
   int64_t last = 0;

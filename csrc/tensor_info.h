@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "request.h"
+
 namespace fused_opt {
 
 // What an update needs to know of a tensor. Pointers are borrowed from the tensor and live as long as it is neither freed nor resized.
@@ -13,7 +15,7 @@ struct TensorInfo {
   const int64_t* strides = nullptr;  // in elements
   int32_t ndim = 0;
   bool on_cpu = false;
-  char kind = '?';  // 'f' IEEE float, 'b' bfloat16, 'c' complex, 'i' signed integer, '?' any other
+  char kind = '?';  // 'f' IEEE float, 'b' bfloat16, 'c' complex, 'i' signed integer, 'u' unsigned integer, '?' any other
   uint8_t bits = 0;
   std::vector<int64_t> owned_dims;  // backs shape and strides where torch cannot lend them (before 2.10)
 
@@ -25,6 +27,11 @@ bool same_shape(const TensorInfo& a, const TensorInfo& b);
 bool same_strides(const TensorInfo& a, const TensorInfo& b);
 // No gaps and no overlaps: numel() consecutive elements, in whatever order of dimensions.
 bool is_dense(const TensorInfo& t);
+
+// Whether the format is one that codecs read, and which; complex numbers are pairs of reals.
+bool find_format(const TensorInfo& t, Format& format);
+// Whether the elements are bytes.
+bool is_codes(const TensorInfo& t);
 
 // Elements between a tensor's first and its last one in memory, both included: numel() if it is dense.
 int64_t span(const TensorInfo& t);

@@ -43,7 +43,7 @@ bool has_memory(const TensorInfo& t) { return t.data != nullptr || t.numel() == 
 
 constexpr uint32_t kDLPackMajor = 1;
 constexpr int32_t kDLCPU = 1;
-enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
+enum { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
 
 }  // namespace
 
@@ -117,6 +117,7 @@ bool TensorReader::read(PyObject* tensor, TensorInfo& out) const {
              : t.dtype_code == kDLBfloat  ? 'b'
              : t.dtype_code == kDLComplex ? 'c'
              : t.dtype_code == kDLInt     ? 'i'
+             : t.dtype_code == kDLUInt    ? 'u'
                                           : '?';
   out.bits = t.dtype_bits;
   return has_memory(out);

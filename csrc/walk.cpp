@@ -5,14 +5,14 @@
 
 namespace fused_opt {
 
-Walk::Walk(const TensorInfo* const* tensors, int count) {
-  const TensorInfo& first = *tensors[0];
-  std::vector<int32_t> dims(static_cast<size_t>(first.ndim));
+Walk::Walk(const TensorInfo* const* tensors, int count, int leader) {
+  const TensorInfo& order = *tensors[leader];
+  std::vector<int32_t> dims(static_cast<size_t>(order.ndim));
   std::iota(dims.begin(), dims.end(), 0);
-  dims.erase(std::remove_if(dims.begin(), dims.end(), [&](int32_t d) { return first.shape[d] == 1; }), dims.end());
-  std::stable_sort(dims.begin(), dims.end(), [&](int32_t a, int32_t b) { return first.strides[a] > first.strides[b]; });
+  dims.erase(std::remove_if(dims.begin(), dims.end(), [&](int32_t d) { return order.shape[d] == 1; }), dims.end());
+  std::stable_sort(dims.begin(), dims.end(), [&](int32_t a, int32_t b) { return order.strides[a] > order.strides[b]; });
 
-  const int64_t reals = first.kind == 'c' ? 2 : 1;  // to each element
+  const int64_t reals = order.kind == 'c' ? 2 : 1;  // to each element
   std::vector<std::vector<int64_t>> strides(static_cast<size_t>(count));
   const auto append = [&](int64_t size, auto stride_of) {
     bool joins = !sizes_.empty();
@@ -25,7 +25,7 @@ Walk::Walk(const TensorInfo* const* tensors, int count) {
       for (int k = 0; k < count; ++k) strides[k].push_back(stride_of(k));
     }
   };
-  for (const int32_t d : dims) append(first.shape[d], [&](int k) { return tensors[k]->strides[d] * reals; });
+  for (const int32_t d : dims) append(order.shape[d], [&](int k) { return tensors[k]->strides[d] * reals; });
   if (reals > 1 || sizes_.empty()) append(reals, [](int) { return int64_t(1); });
 
   ndim_ = static_cast<int>(sizes_.size());

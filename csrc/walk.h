@@ -13,12 +13,12 @@ namespace fused_opt {
 // A dimension that is walked has two elements at least, and no tensor has 2^63; one more for the two parts of complex numbers.
 constexpr int kMaxDims = 64;
 
-// The elements of several tensors of one shape, in the order of the first one's memory: dimensions from the largest of its strides to the
+// The elements of several tensors of one shape, in the order of one's memory: dimensions from the largest of its strides to the
 // smallest, those of size one dropped, neighbours joined where all tensors allow it.
 class Walk {
  public:
-  // `tensors`: the parameter first, then the others. Complex numbers are walked as pairs of reals.
-  Walk(const TensorInfo* const* tensors, int count);
+  // `leader`: which of the tensors gives the order. Complex numbers are walked as pairs of reals.
+  Walk(const TensorInfo* const* tensors, int count, int leader);
 
   // Whether operand `k` is densely packed in this order.
   bool dense(int k) const { return dense_[k]; }

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fused_opt.quantization import BLOCK_SIZES, scale_count
 from fused_opt.rules import Group
-from fused_opt.states import dtype_of_new_states
+from fused_opt.states import Blocks, code_dtype, format_of_new_states, is_codes, scale_name
 from fused_opt.step import FusedStep, GroupPlan, Plan, plan
 
 
@@ -23,8 +24,9 @@ class Row:
         isa: the instruction set of the native code, or "" on torch's path.
         reason: why that path.
         dtype: of the parameters, without the "torch." prefix.
-        states: the state tensors a step uses and their dtypes, (name, dtype) each, in the rule's order.
-        state_bytes: their size for all parameters of the row together, in bytes, without step counters.
+        states: the states a step uses and their dtypes, (name, dtype) each, in the rule's order; 8-bit codes with the elements in a block,
+            such as "int8/256".
+        state_bytes: their size for all parameters of the row together, in bytes, with the scales of blocks and without step counters.
         elements: number of values in the parameters together.
     """
 
@@ -45,7 +47,7 @@ class Row:
 
     def __str__(self) -> str:
         states = ", ".join(f"{name} {dtype}" for name, dtype in self.states)
-        size = f" ({self.state_bytes / self.elements:g} bytes a value)" if self.elements and self.states else ""
+        size = f" ({self.state_bytes / self.elements:.4g} bytes a value)" if self.elements and self.states else ""
         return (
             f"group {self.group}: {self.parameters} x {self.dtype} ({self.elements} elements) by {self.path}: {self.reason}; "
             f"states: {states or 'none'}{size}"
@@ -85,12 +87,14 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
             "make it with fused_opt.Adam, AdamW, RMSprop or SGD"
         )
     the_plan = plan(optimizer, assume_grad=True)
-    alike: dict[tuple[int, str, str, str, tuple[tuple[str, torch.dtype], ...]], list[int]] = {}
+    alike: dict[tuple[int, str, str, str, tuple[tuple[str, str], ...]], list[int]] = {}
+    state_bytes: dict[tuple[int, int], int] = {}
     for number, group in enumerate(the_plan.groups):
         for index, isa, reason in _paths(the_plan, group):
-            param = group.group["params"][index]
-            states = tuple(_states(optimizer, group.group, param))
-            alike.setdefault((number, isa, reason, _name(param.dtype), states), []).append(index)
+            states = list(_states(optimizer, group.group, index))
+            state_bytes[number, index] = sum(size for _, _, size in states)
+            dtype = _name(group.group["params"][index].dtype)
+            alike.setdefault((number, isa, reason, dtype, tuple((name, kind) for name, kind, _ in states)), []).append(index)
     the_plan.release()
     rows = []
     for (number, isa, reason, dtype, states), indices in alike.items():
@@ -104,8 +108,8 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
                 isa=isa,
                 reason=reason,
                 dtype=dtype,
-                states=tuple((name, _name(state)) for name, state in states),
-                state_bytes=elements * sum(state.itemsize for _, state in states),
+                states=states,
+                state_bytes=sum(state_bytes[number, index] for index in indices),
                 elements=elements,
             )
         )
@@ -121,11 +125,25 @@ def _paths(the_plan: Plan, group: GroupPlan) -> Iterator[tuple[int, str, str]]:
             yield index, the_plan.backend.isa, the_plan.backend.why
 
 
-def _states(optimizer: FusedStep, group: Group, param: torch.Tensor) -> Iterator[tuple[str, torch.dtype]]:
+def _states(optimizer: FusedStep, group: Group, index: int) -> Iterator[tuple[str, str, int]]:
+    """Name, kind and bytes of each."""
+    param = group["params"][index]
     existing = optimizer.state.get(param, {})
     for slot in optimizer._rule.slots(group):
         state = existing.get(slot)
-        yield slot, state.dtype if isinstance(state, torch.Tensor) else dtype_of_new_states(optimizer._rule, group, param)
+        if is_codes(state):
+            scales = existing[scale_name(slot)]
+            size = next((size for size in BLOCK_SIZES if scale_count(state.numel(), size) == scales.numel()), 0)
+            yield slot, f"{_name(state.dtype)}/{size}", state.nbytes + scales.nbytes
+        elif isinstance(state, torch.Tensor):
+            yield slot, _name(state.dtype), state.nbytes
+        else:
+            made = format_of_new_states(optimizer._rule, group, index)
+            if isinstance(made, Blocks):
+                scales_bytes = 4 * scale_count(param.numel(), made.size)
+                yield slot, f"{_name(code_dtype(slot))}/{made.size}", param.numel() + scales_bytes
+            else:
+                yield slot, _name(made), param.numel() * made.itemsize
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from fused_opt.native import native
+from fused_opt.states import asked_for, is_codes
 
 if TYPE_CHECKING:
     from fused_opt.rules import Group
@@ -31,9 +32,17 @@ def check(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
         for index, reason in group.declined:
             param = group.group["params"][index]
             where = f"parameter {index} of group {number}"
-            dtype = group.group.get("state_dtype")
-            if dtype not in (None, param.dtype) and optimizer._rule.slots(group.group):
-                raise RuntimeError(f"state_dtype={dtype} cannot be had for {where}, which torch steps: {reason}; put it in a group without")
+            if optimizer._rule.slots(group.group):
+                if any(map(is_codes, optimizer.state.get(param, {}).values())):
+                    raise RuntimeError(
+                        f"the states of {where} are in 8-bit codes, but torch would have to step it: {reason}; put it in a group without "
+                        "state_dtype='int8'"
+                    )
+                asked = asked_for(group.group, index)
+                if asked not in (None, param.dtype):
+                    raise RuntimeError(
+                        f"state_dtype={asked} cannot be had for {where}, which torch steps: {reason}; put it in a group without"
+                    )
             if param.grad is not None and param.grad.layout != torch.strided:
                 _check_sparse(optimizer, group.group, param, f"{where} has a gradient of layout {param.grad.layout}")
 

@@ -46,3 +46,36 @@ class SGD(FusedStep, torch.optim.SGD):
 
     _rule = rules.SGD
     _torch_class = torch.optim.SGD
+
+
+class Adam8bit(Adam):
+    """`Adam` with `state_dtype="int8"`: one byte a value for each state (see `AdamW8bit`)."""
+
+    _default_state_dtype = "int8"
+
+
+class AdamW8bit(AdamW):
+    """`AdamW` with `state_dtype="int8"`: states in 8-bit codes, 2.03 bytes a parameter with their scales instead of 8.
+
+    Each block of `block_size` values (a power of two from 32 to 4096, default 256) has a float32 scale, its largest magnitude; each value
+    one byte of mu-law code (see `quantize_blockwise`), rounded stochastically, such that it is right on average and small changes are not
+    lost. A step computes in float32: it decodes, updates and encodes a block at a time. Parameters of less than `min_8bit_size` elements
+    (default 4096) have float32 states. The three options can be given for each group; `state_dtype` may be a dict of patterns of parameter
+    names, for example {"*embed*": torch.float32}, with model.named_parameters(); what no pattern fits is 8-bit.
+
+    After Dettmers et al., 2022, https://arxiv.org/abs/2110.02861, with another code: see bench/CODES.md.
+    """
+
+    _default_state_dtype = "int8"
+
+
+class RMSprop8bit(RMSprop):
+    """`RMSprop` with `state_dtype="int8"`: one byte a value for each state (see `AdamW8bit`)."""
+
+    _default_state_dtype = "int8"
+
+
+class SGD8bit(SGD):
+    """`SGD` with `state_dtype="int8"`: one byte a value for the momentum (see `AdamW8bit`)."""
+
+    _default_state_dtype = "int8"

@@ -16,6 +16,9 @@ Group = dict[str, Any]
 # Compile-time options (the bits below, as in csrc/request.h) and the scalars in the backend's order.
 Program = tuple[int, tuple[float, ...]]
 
+# States whose values are never negative, as `kNonNegative` in csrc/kernels/rules.h has it.
+NON_NEGATIVE = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg"))
+
 AMSGRAD, ADAM_L2 = 1, 2
 CENTERED, RMSPROP_MOMENTUM, RMSPROP_L2 = 1, 2, 4
 SGD_MOMENTUM, NESTEROV, FIRST, SGD_L2 = 1, 2, 4, 8

@@ -1,35 +1,112 @@
-"""The tensors of `optimizer.state`: how new ones are made, in which dtype, and how saved ones are loaded."""
+"""The tensors of `optimizer.state`: in which format they are, and how new ones are made."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from fused_opt.rules import Group, Rule
+from fused_opt.quantization import check_block_size, scale_count
+from fused_opt.rules import NON_NEGATIVE, Group, Rule
 
 State = dict[str, torch.Tensor]
 
 STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INT8 = "int8"
+BLOCK_SIZE = 256
+MIN_8BIT_SIZE = 4096
+# Options of a group that say how its states are kept, beside torch's own options.
+STORAGE_OPTIONS = ("state_dtype", "block_size", "min_8bit_size")
+
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128, torch.float16: torch.complex32}
+_PARAM_DTYPES_8BIT = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_state_dtype(value: Any) -> None:
-    """Raise ValueError if `value` can be no `state_dtype`."""
-    if value is not None and value not in STATE_DTYPES:
+@dataclass(frozen=True)
+class Blocks:
+    """A state in 8-bit codes with a scale for each block of `size` values."""
+
+    size: int
+
+
+Format = torch.dtype | Blocks
+
+
+def scale_name(slot: str) -> str:
+    """The state key of the scales that belong to the codes under `slot`."""
+    return f"{slot}_scale"
+
+
+def code_of(slot: str) -> str:
+    """The code of an 8-bit state (see `fused_opt.quantize_blockwise`)."""
+    return "unsigned_mulaw" if slot in NON_NEGATIVE else "mulaw"
+
+
+def code_dtype(slot: str) -> torch.dtype:
+    """The dtype of the codes of an 8-bit state."""
+    return torch.uint8 if slot in NON_NEGATIVE else torch.int8
+
+
+def check_storage_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError if one of STORAGE_OPTIONS has a value that it cannot have."""
+    _check_state_dtype(options.get("state_dtype"))
+    if options.get("block_size") is not None:
+        check_block_size(options["block_size"])
+    size = options.get("min_8bit_size")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+        raise ValueError(f"Invalid min_8bit_size: {size!r}; give a number of elements, 0 or more (default: {MIN_8BIT_SIZE})")
+
+
+def _check_state_dtype(value: Any) -> None:
+    if isinstance(value, Mapping):
+        for pattern, dtype in value.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"Invalid state_dtype: its key {pattern!r} is no pattern of parameter names, such as '*embed*'")
+            if isinstance(dtype, Mapping):
+                raise ValueError(f"Invalid state_dtype: for {pattern!r} it is {dtype!r}; give a dtype, 'int8', or None as torch")
+            _check_state_dtype(dtype)
+    elif value is not None and value not in (*STATE_DTYPES, INT8):
         names = ", ".join(map(str, STATE_DTYPES))
-        raise ValueError(f"Invalid state_dtype: {value!r}; use one of {names} (of the parts of complex numbers), or None as torch")
+        raise ValueError(
+            f"Invalid state_dtype: {value!r}; use one of {names} (of the parts of complex numbers), 'int8', a dict of those by patterns "
+            "of parameter names, or None as torch"
+        )
 
 
-def check_gradient_dtype(rule: Rule, group: Group, index: int, param: torch.Tensor) -> None:
+def asks_for_8bit(options: Mapping[str, Any]) -> bool:
+    """Whether `state_dtype` can make a state 8-bit."""
+    asked = options.get("state_dtype")
+    return INT8 in asked.values() if isinstance(asked, Mapping) else asked == INT8
+
+
+def asked_for(group: Group, index: int) -> Any:
+    """What `state_dtype` says for a parameter of the group: a dtype, "int8", or None as torch.
+
+    Raises:
+        ValueError: it goes by names, and the group has none.
+    """
+    asked = group.get("state_dtype")
+    if not isinstance(asked, Mapping):
+        return asked
+    names = group.get("param_names")
+    if names is None:
+        raise ValueError(
+            f"state_dtype={asked} goes by names, but the group's parameters have none; make the optimizer with model.named_parameters()"
+        )
+    return next((dtype for pattern, dtype in asked.items() if fnmatchcase(names[index], pattern)), None)
+
+
+def check_gradient_dtype(rule: Rule, group: Group, index: int) -> None:
     """Raise RuntimeError where torch's own update would refuse a gradient of another dtype than the parameter's.
 
     With `state_dtype` it is accepted: states are then not expected to have the gradient's dtype.
     """
+    param = group["params"][index]
     grad = param.grad
-    if grad is None or group.get("state_dtype") is not None or not rule.lerps(group):
+    if grad is None or asked_for(group, index) is not None or not rule.lerps(group):
         return
     if (torch.promote_types(param.dtype, grad.dtype) if rule.l2(group) else grad.dtype) != param.dtype:
         raise RuntimeError(
@@ -38,79 +115,72 @@ def check_gradient_dtype(rule: Rule, group: Group, index: int, param: torch.Tens
         )
 
 
-def dtype_of_new_states(rule: Rule, group: Group, param: torch.Tensor) -> torch.dtype:
-    """The dtype in which a step creates the states of `param`: `state_dtype` if it is given, else torch's.
+def format_of_new_states(rule: Rule, group: Group, index: int) -> Format:
+    """The format in which a step creates the states of a parameter: as `state_dtype` asks if it is given, else torch's dtype.
 
     Raises:
-        ValueError: `state_dtype` cannot be had for a complex parameter.
+        ValueError: the parameter cannot have states of that format.
     """
-    asked: torch.dtype | None = group.get("state_dtype")
+    param = group["params"][index]
+    asked = asked_for(group, index)
     if asked is None:
         if rule.zero_states or param.grad is None:
             return param.dtype
         return torch.promote_types(param.dtype, param.grad.dtype) if rule.l2(group) else param.grad.dtype
-    check_state_dtype(asked)
+    return format_asked_for(asked, group, index)
+
+
+def format_asked_for(asked: Any, group: Group, index: int) -> Format:
+    """The format of states that `asked` (not None) means for a parameter; see `format_of_new_states`."""
+    param = group["params"][index]
+    _check_state_dtype(asked)
+    if asked == INT8:
+        if param.dtype not in _PARAM_DTYPES_8BIT:
+            raise ValueError(
+                f"state_dtype='int8' cannot be had for parameter {index} of its group, which has dtype {param.dtype}; it needs one of "
+                f"{', '.join(map(str, _PARAM_DTYPES_8BIT))}: cast it, or put it in a group with another state_dtype"
+            )
+        small = param.numel() < _given(group, "min_8bit_size", MIN_8BIT_SIZE)
+        return torch.float32 if small else Blocks(_given(group, "block_size", BLOCK_SIZE))
     if not param.is_complex():
-        return asked
+        return asked  # type: ignore[no-any-return]
     if asked not in _COMPLEX:
         names = ", ".join(map(str, _COMPLEX))
         raise ValueError(f"state_dtype={asked} has no complex counterpart, as a {param.dtype} parameter needs; use one of {names}, or None")
     return _COMPLEX[asked]
 
 
-def new_state(rule: Rule, group: Group, param: torch.Tensor) -> State:
-    """States as torch's own step creates them for `param`'s first gradient, but for their dtype (see `dtype_of_new_states`)."""
+def _given(group: Group, option: str, default: int) -> int:
+    value = group.get(option)
+    return default if value is None else value
+
+
+def is_codes(tensor: Any) -> bool:
+    """Whether a state is one of 8-bit codes."""
+    return isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.int8, torch.uint8)
+
+
+def new_state(rule: Rule, group: Group, index: int) -> State:
+    """States as torch's own step creates them for a parameter's first gradient, but for their format (see `format_of_new_states`)."""
+    param = group["params"][index]
     state = {}
     if rule.counter:
         wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
         state[rule.counter] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
-    dtype = dtype_of_new_states(rule, group, param)
-    new = torch.zeros_like if rule.zero_states else torch.empty_like
+    made = format_of_new_states(rule, group, index)
     for slot in rule.slots(group):
-        state[slot] = new(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        state.update(new_slot(slot, param, made, zeros=rule.zero_states))
     return state
 
 
-@contextlib.contextmanager
-def keeping_dtypes(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within this context `optimizer.load_state_dict` does not round states that were saved wider than their parameter.
+def new_slot(slot: str, param: torch.Tensor, made: Format, zeros: bool = True) -> State:
+    """A new state in the parameter's shape and strides, zero or uninitialized; its scales, too, if it has any."""
+    new = torch.zeros_like if zeros else torch.empty_like
 
-    torch casts every state to its parameter's dtype. Here a state has, after loading: the dtype of the group's `state_dtype` if there is
-    one (the saved group's, or else the one that this optimizer has), otherwise the saved dtype if it is wider than the parameter's,
-    otherwise the parameter's. Hooks of the user see the state_dict before, and the states after.
-    """
-    seen: dict[str, Any] = {}
-    asked = [group.get("state_dtype") for group in optimizer.param_groups]
+    def like_param(dtype: torch.dtype) -> torch.Tensor:
+        return new(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
-    def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        for group in state_dict["param_groups"]:
-            check_state_dtype(group.get("state_dtype"))
-        seen.update(state_dict)
-
-    def after(_: torch.optim.Optimizer) -> None:
-        for group, saved_group, own in zip(optimizer.param_groups, seen["param_groups"], asked, strict=True):
-            if own is not None:
-                group.setdefault("state_dtype", own)
-            for param, key in zip(group["params"], saved_group["params"], strict=True):
-                for name, saved in seen["state"].get(key, {}).items():
-                    if name != "step" and isinstance(saved, torch.Tensor):
-                        dtype = _dtype_to_load(group.get("state_dtype"), saved, param)
-                        if optimizer.state[param][name].dtype != dtype:
-                            optimizer.state[param][name] = saved.to(dtype=dtype, device=param.device)
-
-    handles = [optimizer.register_load_state_dict_pre_hook(before), optimizer.register_load_state_dict_post_hook(after, prepend=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _dtype_to_load(asked: torch.dtype | None, saved: torch.Tensor, param: torch.Tensor) -> torch.dtype:
-    if saved.is_complex() and param.is_complex():  # torch casts none of these
-        return saved.dtype if asked is None else _COMPLEX.get(asked, saved.dtype)
-    if not (saved.is_floating_point() and param.is_floating_point()):
-        return saved.dtype
-    if asked is not None:
-        return asked
-    return saved.dtype if saved.dtype.itemsize > param.dtype.itemsize else param.dtype
+    if isinstance(made, torch.dtype):
+        return {slot: like_param(made)}
+    scales = torch.zeros(scale_count(param.numel(), made.size), dtype=torch.float32, device=param.device)
+    return {slot: like_param(code_dtype(slot)), scale_name(slot): scales}

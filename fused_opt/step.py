@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -16,10 +16,20 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_opt import fallback
+from fused_opt.checkpoints import loading, saved
 from fused_opt.errors import completed
 from fused_opt.native import Native, native
-from fused_opt.rules import Group, Program, Rule
-from fused_opt.states import State, check_gradient_dtype, check_state_dtype, dtype_of_new_states, keeping_dtypes, new_state
+from fused_opt.rules import NON_NEGATIVE, Group, Program, Rule
+from fused_opt.states import (
+    STORAGE_OPTIONS,
+    State,
+    asks_for_8bit,
+    check_gradient_dtype,
+    check_storage_options,
+    format_of_new_states,
+    new_state,
+    scale_name,
+)
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
@@ -43,36 +53,51 @@ class FusedStep(torch.optim.Optimizer):
 
     _rule: ClassVar[Rule]
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
+    _default_state_dtype: ClassVar[str | None] = None
     _kept: _Kept
     _last_ran: Ran | None = None  # the newest native call: for tests and reports, to prove which code ran
 
     if TYPE_CHECKING:
 
-        def __init__(self, params: ParamsT, *args: Any, state_dtype: torch.dtype | None = None, **options: Any) -> None: ...
+        def __init__(
+            self,
+            params: ParamsT,
+            *args: Any,
+            state_dtype: torch.dtype | str | Mapping[str, torch.dtype | str | None] | None = None,
+            block_size: int | None = None,
+            min_8bit_size: int | None = None,
+            **options: Any,
+        ) -> None: ...
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "_torch_class" in cls.__dict__:
-            cls.__init__ = _extended(cls._torch_class.__init__)  # type: ignore[method-assign]
+        if not {"_torch_class", "_default_state_dtype"}.isdisjoint(cls.__dict__):
+            cls.__init__ = _extended(cls._torch_class.__init__, cls._default_state_dtype)  # type: ignore[method-assign]
 
     def add_param_group(self, param_group: Group) -> None:
         try:
             if isinstance(param_group, dict):
-                check_state_dtype(param_group.get("state_dtype"))
+                _complete_storage_options(param_group, self._default_state_dtype)
             super().add_param_group(param_group)
         except (TypeError, ValueError) as error:
             raise completed(error) from None
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """As torch's, but states that were saved wider than their parameter keep every bit.
+    def state_dict(self) -> StateDict:
+        """As torch's. States in 8-bit codes stay so, each with version, code and block size: see `fused_opt.checkpoints`."""
+        return saved(super().state_dict())
 
-        A state gets the dtype of the group's `state_dtype` if there is one, otherwise the saved one if it is wider than the parameter's,
-        otherwise the parameter's. As with every option, the saved groups' `state_dtype` counts; where they have none, this optimizer's.
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """As torch's. Also reads 8-bit states, those of bitsandbytes and torchao, too, and gives every state the format it is to have.
+
+        That is the one that the group's `state_dtype` (and `block_size`, `min_8bit_size`) ask for: this optimizer's if it was given them,
+        otherwise the saved ones. Without `state_dtype` it is the saved format if that is 8-bit or wider than the parameter's dtype, and
+        otherwise, as in torch, the parameter's dtype.
 
         Raises:
-            ValueError: the groups do not fit, or a `state_dtype` is none that this version has. Nothing has been changed then.
+            ValueError: the groups do not fit; a state is damaged, or in a format that this version does not know, or cannot be converted.
+                Nothing has been changed then.
         """
-        with keeping_dtypes(self):
+        with loading(self, self._rule):
             super().load_state_dict(state_dict)
 
     @_disable_dynamo  # torch.compile breaks its graph here: it cannot trace native code. Costs 1 us a step.
@@ -127,27 +152,50 @@ class _Kept:
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(FusedStep._step)
 
 
-def _extended(torch_init: Callable[..., None]) -> Callable[..., None]:
+def _extended(torch_init: Callable[..., None], default_state_dtype: str | None) -> Callable[..., None]:
     """Torch's constructor with our options after its own, and with complete error messages."""
 
     @functools.wraps(torch_init)
-    def __init__(self: FusedStep, *args: Any, state_dtype: torch.dtype | None = None, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: FusedStep, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        given = {name: kwargs.pop(name) for name in STORAGE_OPTIONS if name in kwargs}
+        own = {name: value for name, value in {"state_dtype": default_state_dtype, **given}.items() if value is not None}
         try:
-            check_state_dtype(state_dtype)
+            _complete_storage_options(own, default_state_dtype)
             torch_init(self, *args, **kwargs)
+            for group in self.param_groups:
+                for name, value in own.items():
+                    group.setdefault(name, value)
+            if not any(asks_for_8bit(group) for group in self.param_groups):
+                _refuse_8bit_options(own)
         except (TypeError, ValueError) as error:
             raise completed(error) from None
-        if state_dtype is not None:
-            self.defaults["state_dtype"] = state_dtype
-            for group in self.param_groups:
-                group.setdefault("state_dtype", state_dtype)
+        self.defaults.update(own)
         with contextlib.suppress(ValueError, RuntimeError):  # said by the first step
             native()  # now, so that it sees forks from here on (see csrc/parallel.cpp)
 
     signature = inspect.signature(torch_init)
-    option = inspect.Parameter("state_dtype", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.dtype | None")
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_state_dtype if name == "state_dtype" else None)
+        for name in STORAGE_OPTIONS
+    ]
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
     return __init__
+
+
+def _complete_storage_options(options: dict[str, Any], default_state_dtype: str | None) -> None:
+    """Check them; a dict of patterns gets what those parameters have that no pattern fits."""
+    check_storage_options(options)
+    asked = options.get("state_dtype")
+    if isinstance(asked, Mapping) and default_state_dtype is not None:
+        options["state_dtype"] = {**asked, "*": asked.get("*", default_state_dtype)}
+
+
+def _refuse_8bit_options(options: dict[str, Any]) -> None:
+    for name in ("block_size", "min_8bit_size"):
+        if name in options:
+            raise ValueError(
+                f"{name}={options[name]} has no effect, since no group has 8-bit states; pass state_dtype='int8', or leave it out"
+            )
 
 
 @dataclass(slots=True)
@@ -256,7 +304,7 @@ class Plan:
                     del self.optimizer.state[param]
 
     def _new_states(self, group: Group, missing: Sequence[int]) -> list[State]:
-        return [new_state(self.optimizer._rule, group, group["params"][i]) for i in missing]
+        return [new_state(self.optimizer._rule, group, i) for i in missing]
 
 
 def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
@@ -284,11 +332,12 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, 
     if reason:
         with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
         return GroupPlan(group, (), None, (), (), [(i, reason) for i in with_grad])
-    if "state_dtype" in group:
-        check_state_dtype(group["state_dtype"])
+    check_storage_options(group)
     rule = optimizer._rule
     slots = rule.slots(group)
-    batch: _cpu.Batch = kept.batches.get((index, slots)) or backend.module.Batch(slots, rule.counter)
+    batch: _cpu.Batch = kept.batches.get((index, slots)) or backend.module.Batch(
+        [(slot, scale_name(slot), slot in NON_NEGATIVE) for slot in slots], rule.counter
+    )
     missing: Sequence[int] = ()
     declined: Sequence[tuple[int, str]] = ()
     if batch.gather(params if type(params) is list else list(params), optimizer.state, assume_grad):
@@ -299,9 +348,9 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, 
                 f"dtype {params[batch.complex[0]].dtype}; leave fused out: without it, too, the step is fused"
             )
         for i in batch.mixed:
-            check_gradient_dtype(rule, group, i, params[i])
+            check_gradient_dtype(rule, group, i)
         for i in missing:
-            dtype_of_new_states(rule, group, params[i])
+            format_of_new_states(rule, group, i)
     try:
         programs = _programs(rule, group, batch)
         if missing:  # compute theirs too, to fail before anything is written

@@ -111,7 +111,7 @@ template <class Value, class Real>
 // binary16 to float and back is one instruction for eight numbers, where the arithmetic above takes some ninety. Three quarters of a
 // 16-bit AdamW step's time were spent in that.
 typedef short Halves __attribute__((vector_size(16)));
-typedef float Floats __attribute__((vector_size(32)));
+typedef float EightFloats __attribute__((vector_size(32)));
 
 // f(position, length) for each eight, the last ones fewer.
 template <class F>
@@ -126,7 +126,7 @@ template <>
   by_eights(count, [=](int64_t i, int64_t length) __attribute__((always_inline)) {
     Halves halves = {};
     __builtin_memcpy(&halves, static_cast<const char*>(stored) + 2 * i, static_cast<size_t>(2 * length));
-    const Floats floats = __builtin_ia32_vcvtph2ps256(halves);
+    const EightFloats floats = __builtin_ia32_vcvtph2ps256(halves);
     __builtin_memcpy(real + i, &floats, static_cast<size_t>(4 * length));
   });
 }
@@ -134,7 +134,7 @@ template <>
 template <>
 [[gnu::always_inline]] inline void encode_packed<Float16, float>(const float* real, void* stored, int64_t count) {
   by_eights(count, [=](int64_t i, int64_t length) __attribute__((always_inline)) {
-    Floats floats = {};
+    EightFloats floats = {};
     __builtin_memcpy(&floats, real + i, static_cast<size_t>(4 * length));
     const Halves halves = __builtin_ia32_vcvtps2ph256(floats, 0);  // to nearest even
     __builtin_memcpy(static_cast<char*>(stored) + 2 * i, &halves, static_cast<size_t>(2 * length));

@@ -21,7 +21,8 @@ struct Adam {
   using Real = T;
   static constexpr bool amsgrad = kFlags & adam::kAmsgrad;
   static constexpr bool l2 = kFlags & adam::kL2;
-  static constexpr int kStates = amsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr int kStates = amsgrad ? 3 : 2;                        // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr bool kNonNegative[kMaxStates] = {false, true, true};  // of the states
 
   T sign, decay, keep, beta2, one_minus_beta2, sqrt_bias_correction2, eps, negative_step_size;
   Lerp<T> lerp;
@@ -59,6 +60,7 @@ struct RMSprop {
   static constexpr bool momentum = kFlags & rmsprop::kMomentum;
   static constexpr bool l2 = kFlags & rmsprop::kL2;
   static constexpr int kStates = 1 + centered + momentum;  // square_avg, [momentum_buffer], [grad_avg]
+  static constexpr bool kNonNegative[kMaxStates] = {true, false, false};
 
   T sign, decay, alpha, one_minus_alpha, eps, mu, negative_lr;
   Lerp<T> lerp;
@@ -104,6 +106,7 @@ struct SGD {
   static constexpr bool first = kFlags & sgd::kFirst;
   static constexpr bool l2 = kFlags & sgd::kL2;
   static constexpr int kStates = momentum ? 1 : 0;  // momentum_buffer
+  static constexpr bool kNonNegative[kMaxStates] = {false, false, false};
 
   T sign, decay, mu, one_minus_dampening, negative_lr;
 

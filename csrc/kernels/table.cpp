@@ -1,13 +1,20 @@
 // Compiled once per ISA, each time with its own flags and FUSED_OPT_ISA: instantiates every rule x flags x format and every codec x
 // precision, and lists them.
-#include <utility>  // integer_sequence: a type, no code
-
+#include "blocks.h"
 #include "codec.h"
 #include "driver.h"
 #include "rules.h"
 
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
+
+template <class Rule>
+constexpr Kernel blocks_kernel = [] {
+  if constexpr (Rule::kStates > 0)
+    return update_blocks<Rule>;
+  else
+    return nullptr;
+}();
 
 template <template <class, unsigned> class Rule, class Flags>
 struct Kernels;
@@ -16,9 +23,9 @@ struct Kernels;
 template <template <class, unsigned> class Rule, unsigned... kFlags>
 struct Kernels<Rule, std::integer_sequence<unsigned, kFlags...>> {
   // The members in the order of Format.
-  static constexpr KernelsByFormat list[] = {
-      {{update<Rule<float, kFlags>>, update<Rule<double, kFlags>>, update_coded<Rule<float, kFlags>, BFloat16>,
-        update_coded<Rule<float, kFlags>, Float16>}}...};
+  static constexpr KernelsByFormat list[] = {{{update<Rule<float, kFlags>>, update<Rule<double, kFlags>>,
+                                               update_coded<Rule<float, kFlags>, BFloat16>, update_coded<Rule<float, kFlags>, Float16>},
+                                              blocks_kernel<Rule<float, kFlags>>}...};
 };
 
 template <template <class, unsigned> class Rule, unsigned kFlagCombinations>
@@ -31,13 +38,21 @@ constexpr CodecsByFormat codecs = {
 
 constexpr CodecsByFormat codecs_by_precision[] = {codecs<float>, codecs<double>};
 
+// In the order of Code.
+constexpr BlockCodecs block_codecs = {
+    {kBlockCodec<Linear>, kBlockCodec<MuLaw<true>>, kBlockCodec<MuLaw<false>>}, largest_magnitude, scale_of, rounding_of};
+
 }  // namespace
 
 #define FUSED_OPT_QUOTE(x) #x
 #define FUSED_OPT_NAME(x) FUSED_OPT_QUOTE(x)
 
 extern const KernelTable kernel_table;
-const KernelTable kernel_table = {FUSED_OPT_NAME(FUSED_OPT_ISA), kernels<Adam, adam::kFlagCombinations>,
-                                  kernels<RMSprop, rmsprop::kFlagCombinations>, kernels<SGD, sgd::kFlagCombinations>, codecs_by_precision};
+const KernelTable kernel_table = {FUSED_OPT_NAME(FUSED_OPT_ISA),
+                                  kernels<Adam, adam::kFlagCombinations>,
+                                  kernels<RMSprop, rmsprop::kFlagCombinations>,
+                                  kernels<SGD, sgd::kFlagCombinations>,
+                                  codecs_by_precision,
+                                  &block_codecs};
 
 }  // namespace fused_opt::FUSED_OPT_ISA

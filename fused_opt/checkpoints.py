@@ -1,0 +1,237 @@
+"""`state_dict` and back: the formats in which states are saved, and what becomes of them on loading.
+
+A state in 8-bit codes is saved under torch's name as a dict:
+
+    {"version": 1, "code": "mulaw", "block_size": 256, "codes": int8 tensor, "scales": float32 tensor}
+
+and not as bare codes, which torch.optim would take for moments if it was given such a checkpoint. (It fails on a dict.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fused_opt.foreign import foreign_group_options, read_foreign
+from fused_opt.quantization import BLOCK_SIZES, decode, encode, scale_count
+from fused_opt.rules import NON_NEGATIVE, Group, Rule
+from fused_opt.states import (
+    STORAGE_OPTIONS,
+    Blocks,
+    Format,
+    State,
+    asked_for,
+    check_storage_options,
+    code_dtype,
+    code_of,
+    format_asked_for,
+    is_codes,
+    new_slot,
+    scale_name,
+)
+
+VERSION = 1
+_KEYS = frozenset(("version", "code", "block_size", "codes", "scales"))
+
+
+def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict with states as `optimizer.state` has them, in the form in which it is saved. Tensors are shared."""
+    return {**state_dict, "state": {key: _saved_state(state) for key, state in state_dict["state"].items()}}
+
+
+def torch_state_dict(source: torch.optim.Optimizer | dict[str, Any]) -> dict[str, Any]:
+    """The state_dict of an optimizer in torch.optim's own format: 8-bit states become float32, and options that torch lacks are left out.
+
+    Args:
+        source: an optimizer, or what its `state_dict()` returned.
+
+    Returns:
+        A new state_dict. Tensors that need no conversion are shared.
+
+    Raises:
+        ValueError: an 8-bit state has a format that this version does not know.
+    """
+    state_dict = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
+    states = {
+        key: {
+            name: _dequantized(_read(value, f"state {name!r} of parameter {key}")) if isinstance(value, Mapping) else value
+            for name, value in state.items()
+        }
+        for key, state in state_dict["state"].items()
+    }
+    groups = [{name: value for name, value in group.items() if name not in STORAGE_OPTIONS} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+@contextlib.contextmanager
+def loading(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[None]:
+    """Within this context `optimizer.load_state_dict` reads every format, and gives each state the one it is to have.
+
+    That is the one that the group's `state_dtype` asks for, if there is any: this optimizer's own, or else the saved one. If there is none
+    it is the saved one, but torch casts a state that was saved narrower than its parameter. Everything is converted before anything is
+    changed. Hooks of the user see the state_dict before, and the states after.
+    """
+
+    def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [_merged(own, group, rule) for own, group in zip(optimizer.param_groups, state_dict["param_groups"], strict=False)]
+        states = dict(state_dict["state"])
+        sizes = [[len(group["params"]) for group in some] for some in (optimizer.param_groups, state_dict["param_groups"])]
+        if sizes[0] == sizes[1]:  # otherwise torch will say what is wrong
+            for own, group in zip(optimizer.param_groups, groups, strict=True):
+                view = {**group, "params": own["params"], **({"param_names": own["param_names"]} if "param_names" in own else {})}
+                for index, key in enumerate(group["params"]):
+                    if key in states:
+                        states[key] = _loaded_state(rule, view, index, states[key])
+        return {**state_dict, "state": states, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
+
+    def after(_: torch.optim.Optimizer) -> None:
+        for state in optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, _Ready):
+                    state[name] = value.tensor
+
+    handles = [optimizer.register_load_state_dict_pre_hook(before), optimizer.register_load_state_dict_post_hook(after, prepend=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A tensor as it is to be after loading. torch casts tensors, and leaves alone what it does not know."""
+
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """A state in 8-bit codes."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    code: str
+    block_size: int
+
+
+def _saved_state(state: Any) -> Any:
+    if not isinstance(state, dict):
+        return state
+    result = {}
+    for name, value in state.items():
+        if is_codes(value) and scale_name(name) in state:
+            scales = state[scale_name(name)]
+            size = next(size for size in BLOCK_SIZES if scale_count(value.numel(), size) == scales.numel())
+            result[name] = {"version": VERSION, "code": code_of(name), "block_size": size, "codes": value, "scales": scales}
+        else:
+            result[name] = value
+    scales_of_codes = {scale_name(name) for name, value in result.items() if isinstance(value, dict)}
+    return {name: value for name, value in result.items() if name not in scales_of_codes}
+
+
+def _read(value: Mapping[str, Any], where: str) -> _Codes:
+    version = value.get("version")
+    if version != VERSION:
+        raise ValueError(f"{where} is in 8-bit codes of version {version!r}, and this fused_opt reads version {VERSION}: update fused_opt")
+    if set(value) != _KEYS:
+        raise ValueError(
+            f"{where} has the keys {sorted(map(str, value))}, but 8-bit states have {sorted(_KEYS)}; it was not saved by fused_opt"
+        )
+    read = _Codes(value["codes"], value["scales"], value["code"], value["block_size"])
+    slot_dtypes = {"mulaw": torch.int8, "unsigned_mulaw": torch.uint8}
+    if read.code not in slot_dtypes:
+        raise ValueError(f"{where} is in code {read.code!r}, and this fused_opt reads {', '.join(slot_dtypes)}: update fused_opt")
+    if read.codes.dtype != slot_dtypes[read.code] or read.scales.dtype != torch.float32 or read.block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"{where} has {read.codes.dtype} codes, {read.scales.dtype} scales and blocks of {read.block_size!r}, but {read.code!r} has "
+            f"{slot_dtypes[read.code]}, torch.float32 and one of {BLOCK_SIZES}; the checkpoint is damaged"
+        )
+    if read.scales.shape != (scale_count(read.codes.numel(), read.block_size),):
+        raise ValueError(
+            f"{where} has {read.codes.numel()} codes in blocks of {read.block_size}, but {tuple(read.scales.shape)} scales; "
+            "the checkpoint is damaged"
+        )
+    return read
+
+
+def _merged(own: Group, group: Group, rule: Rule) -> Group:
+    """A saved group with options by torch's names, and with this optimizer's own wishes for its states."""
+    options = foreign_group_options(group, rule.name)
+    if options is not None:
+        group = {**own, **options, "params": group["params"]}
+    check_storage_options(group)
+    return {**group, **{name: own[name] for name in STORAGE_OPTIONS if name in own}}
+
+
+def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -> dict[str, Any]:
+    """One parameter's saved state, with `_Ready` tensors where torch must not cast."""
+    foreign = read_foreign(state, rule.slots(group))
+    if foreign is not None:
+        state = {name: value for name, value in foreign.items() if name != "step" or rule.counter}
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        where = f"state {name!r} of parameter {index} of its group"
+        if isinstance(value, Mapping):
+            codes = _read(value, where)
+            if codes.codes.dtype != code_dtype(name):
+                raise ValueError(f"{where} has code {codes.code!r}, but this state has {code_of(name)!r}; the checkpoint is damaged")
+            result |= _converted(name, codes, _wanted(group, index, codes), group["params"][index], where)
+        elif isinstance(value, torch.Tensor) and name != "step":
+            result |= _converted(name, value, _wanted(group, index, value), group["params"][index], where)
+        else:
+            result[name] = value
+    return result
+
+
+def _wanted(group: Group, index: int, value: torch.Tensor | _Codes) -> Format | None:
+    """None: as it is, or as torch casts it."""
+    param = group["params"][index]
+    asked = asked_for(group, index)
+    if isinstance(value, torch.Tensor):
+        if value.is_complex() and param.is_complex() and asked is not None:
+            return format_asked_for(asked, group, index)
+        if not (value.is_floating_point() and param.is_floating_point()):
+            return None
+        if asked is None:
+            return value.dtype if value.dtype.itemsize > param.dtype.itemsize else None
+    elif asked is None:
+        return param.dtype if isinstance(group.get("state_dtype"), Mapping) else Blocks(value.block_size)
+    return format_asked_for(asked, group, index)
+
+
+def _converted(name: str, value: torch.Tensor | _Codes, wanted: Format | None, param: torch.Tensor, where: str) -> dict[str, Any]:
+    if wanted is None:
+        return {name: value}
+    made: State
+    if isinstance(wanted, Blocks):
+        if isinstance(value, _Codes) and value.block_size == wanted.size:
+            made = {name: value.codes, scale_name(name): value.scales}
+        else:
+            values = _dequantized(value) if isinstance(value, _Codes) else value
+            made = _quantized(name, values.cpu(), param if param.shape == values.shape else values, wanted, where)
+    else:
+        made = {name: _dequantized(value).to(wanted) if isinstance(value, _Codes) else value.to(wanted)}
+    return {key: _Ready(tensor.to(param.device)) for key, tensor in made.items()}
+
+
+def _quantized(slot: str, values: torch.Tensor, like: torch.Tensor, blocks: Blocks, where: str) -> State:
+    made = new_slot(slot, torch.empty_like(like, device="cpu"), blocks)
+    if slot in NON_NEGATIVE and values.numel() and bool((values.amin() < 0).item()):
+        raise ValueError(f"{where} has a negative value, {values.amin().item():g}, but is a mean of squares; the checkpoint is damaged")
+    encode(values, made[slot], made[scale_name(slot)], code_of(slot), blocks.size)
+    if bool(made[scale_name(slot)].isnan().any()):
+        raise ValueError(
+            f"{where} has values that are not finite, for which there is no 8-bit code; mend it, or load it with state_dtype=torch.float32"
+        )
+    return made
+
+
+def _dequantized(codes: _Codes) -> torch.Tensor:
+    values = torch.empty_like(codes.codes, dtype=torch.float32, device="cpu")
+    decode(codes.codes.cpu(), codes.scales.cpu(), codes.code, codes.block_size, values)
+    return values.to(codes.codes.device)
