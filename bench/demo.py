@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,12 +22,17 @@ from rich.table import Table
 from torch import Tensor
 
 import fused_opt
-from fused_opt.arguments import whole_number, writable_file
+from fused_opt.arguments import CannotRunError, whole_number, writable_file
 from fused_opt.bench import machine
-from fused_opt.bench.char_model import CONTEXT, CharModel, Corpus
+from fused_opt.bench.char_model import CONTEXT, Corpus
+from fused_opt.bench.speed_plan import AS_TORCH, INT8, STATES
+from fused_opt.bench.training import MakeOptimizer, Training, make_trainings, train
 from fused_opt.native import native
 
-HELP = "train a small transformer with torch's fused AdamW and with fused_opt's, and compare every bit"
+HELP = (
+    "train a small transformer with torch's fused AdamW and with fused_opt's, and compare: every bit, or with 8-bit states what becomes of "
+    "the model"
+)
 
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.1
@@ -47,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ]
     for name, parse, default, metavar, text in options:
         parser.add_argument(name, type=parse, default=default, metavar=metavar, help=f"{text} (default: %(default)s)")
+    parser.add_argument("--state", choices=STATES, default=AS_TORCH, help="format of fused_opt's states (default: %(default)s)")
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write everything measured to FILE")
 
 
@@ -56,83 +61,33 @@ def _picture(text: str) -> Path:
     return writable_file(text)
 
 
-@dataclass
-class Training:
-    """A model, its optimizer, and what has been measured: one entry a step; losses in nats a character, times in s."""
-
-    name: str
-    model: CharModel
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    optimizer_seconds: list[float] = field(default_factory=list)  # the part of `seconds` inside optimizer.step()
-    held_out_loss: float = math.nan
-
-    def step(self, inputs: Tensor, targets: Tensor) -> None:
-        """Train on one batch, int64 tokens of shape (batch, CONTEXT)."""
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        loss = self.model.loss(inputs, targets)
-        torch.autograd.backward(loss)
-        before = time.perf_counter()
-        self.optimizer.step()
-        after = time.perf_counter()
-        self.scheduler.step()
-        self.losses.append(loss.item())
-        self.optimizer_seconds.append(after - before)
-        self.seconds.append(time.perf_counter() - start)
-
-    @property
-    def share(self) -> float:
-        """The part of the training time, 0 to 1, that the optimizer took."""
-        return sum(self.optimizer_seconds) / sum(self.seconds)
-
-
-def make_trainings(vocabulary: int, steps: int, seed: int) -> list[Training]:
-    """torch's training and fused_opt's, from equal weights, with equal param groups and schedules."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        models = [CharModel(vocabulary)]
-    models.append(copy.deepcopy(models[0]))
-    warm_up = max(1, steps // 10)
-
-    def rate(step: int) -> float:
-        """Linearly up to 1, then along a cosine towards 0, which it would reach one step after the last."""
-        cosine = max(0, step + 1 - warm_up) / (steps + 1 - warm_up)
-        return min((step + 1) / warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * cosine))
-
-    theirs, ours = (model.param_groups(WEIGHT_DECAY) for model in models)
-    optimizers = {
-        "torch.optim.AdamW(fused=True)": torch.optim.AdamW(theirs, lr=LEARNING_RATE, fused=True),
-        "fused_opt.AdamW": fused_opt.AdamW(ours, lr=LEARNING_RATE),
+def optimizers(state: str) -> dict[str, MakeOptimizer]:
+    """torch's and ours, by name; `state` is the format of our states."""
+    ours = {AS_TORCH: ("fused_opt.AdamW", fused_opt.AdamW), INT8: ("fused_opt.AdamW8bit", fused_opt.AdamW8bit)}
+    name, optimizer_class = ours[state]
+    return {
+        "torch.optim.AdamW(fused=True)": lambda groups: torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True),
+        name: lambda groups: optimizer_class(groups, lr=LEARNING_RATE),
     }
-    return [
-        Training(name, model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
-        for model, (name, optimizer) in zip(models, optimizers.items(), strict=True)
-    ]
 
 
-def train(trainings: list[Training], corpus: Corpus, args: argparse.Namespace, console: Console) -> None:
-    """Give each batch to both trainings, taking turns at being first, so that noise of the machine falls on both."""
-    generator = torch.Generator().manual_seed(args.seed)
+def train_and_show(trainings: list[Training], corpus: Corpus, args: argparse.Namespace, console: Console) -> None:
+    """Train, with the table on the screen where that is a terminal."""
     progress = Progress(BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     task = progress.add_task("", total=args.steps)
     # Refreshed by hand, between steps: a thread that redraws would take time from what is measured.
     display = Live(console=console, auto_refresh=False, transient=True) if console.is_interactive else None
+    refreshed = -math.inf
+
+    def show(step: int) -> None:
+        nonlocal refreshed
+        if display and time.perf_counter() > refreshed + SECONDS_PER_REFRESH:
+            progress.update(task, completed=step)
+            display.update(Group(progress, table(trainings)), refresh=True)
+            refreshed = time.perf_counter()
+
     with display or contextlib.nullcontext():
-        refreshed = -math.inf
-        for step in range(args.steps):
-            inputs, targets = corpus.batch(args.batch_size, generator)
-            for training in trainings if step % 2 == 0 else reversed(trainings):
-                training.step(inputs, targets)
-            if display and time.perf_counter() > refreshed + SECONDS_PER_REFRESH:
-                progress.update(task, completed=step + 1)
-                display.update(Group(progress, table(trainings)), refresh=True)
-                refreshed = time.perf_counter()
-    for training in trainings:
-        with torch.no_grad():
-            training.held_out_loss = training.model.loss(*corpus.held_out_windows()).item()
+        train(trainings, corpus, args.steps, args.batch_size, args.seed, show)
 
 
 def table(trainings: list[Training]) -> Table:
@@ -143,6 +98,8 @@ def table(trainings: list[Training]) -> Table:
         ("training time", lambda t: f"{sum(t.seconds):.1f} s"),
         ("optimizer's share of it", lambda t: f"{t.share:.2%}"),
         ("optimizer step, median", lambda t: f"{1e3 * median(t.optimizer_seconds):.3f} ms"),
+        ("states", lambda t: f"{t.state_bytes:,} bytes"),
+        ("states of a parameter", lambda t: f"{t.state_bytes / t.values:.2f} bytes"),
     ]
     result = Table("", *(training.name for training in trainings))
     for column in result.columns[1:]:
@@ -154,18 +111,22 @@ def table(trainings: list[Training]) -> Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two trainings agree, compared as bits.
+    """How far two trainings agree.
 
     Attributes:
         different_steps: the steps, counted from 1, whose losses differ.
         different_values: how many of the `values` values of the final parameters differ.
         speedup: the first optimizer's time by the second's, median over the steps.
+        losses: of both, on held-out text, in nats a character.
+        state_bytes: of both.
     """
 
     different_steps: list[int]
     different_values: int
     values: int
     speedup: float
+    losses: tuple[float, float]
+    state_bytes: tuple[int, int]
 
     @classmethod
     def of(cls, a: Training, b: Training) -> Comparison:
@@ -174,16 +135,28 @@ class Comparison:
         return cls(
             different_steps=[i + 1 for i in _differences(*losses)],
             different_values=len(_differences(*params)),
-            values=params[0].numel(),
+            values=a.values,
             speedup=median(s / t for s, t in zip(a.optimizer_seconds, b.optimizer_seconds, strict=True)),
+            losses=(a.held_out_loss, b.held_out_loss),
+            state_bytes=(a.state_bytes, b.state_bytes),
         )
 
     @property
     def identical(self) -> bool:
         return not self.different_steps and not self.different_values
 
-    def sentences(self, steps: int) -> list[str]:
-        """The verdict in words."""
+    @property
+    def verdict(self) -> str:
+        """On trainings that are to be identical."""
+        return "identical bit for bit" if self.identical else "NOT identical"
+
+    @property
+    def difference(self) -> str:
+        """Of trainings that are not to be identical."""
+        return f"{self.losses[1] - self.losses[0]:+.4f} nats a character on held-out text"
+
+    def of_bits(self, steps: int) -> list[str]:
+        """The verdict in words, on trainings that are to be identical."""
         same = "identical bit for bit, all"
         curves, params = f"{same} {steps:,} steps", f"{same} {self.values:,} values"
         if self.different_steps:
@@ -191,10 +164,14 @@ class Comparison:
             curves = f"DIFFERENT at {count:,} of {steps:,} steps, first at step {first:,}"
         if self.different_values:
             params = f"DIFFERENT in {self.different_values:,} of {self.values:,} values"
+        return [f"Loss curves: {curves}.", f"Final parameters: {params}."]
+
+    def of_models(self) -> list[str]:
+        """The verdict in words, on trainings that are not to be identical."""
+        torchs, ours = self.state_bytes
         return [
-            f"Loss curves: {curves}.",
-            f"Final parameters: {params}.",
-            f"Optimizer step: fused_opt is {self.speedup:.2f} times as fast as torch (median of paired ratios).",
+            f"8-bit states changed the loss by {self.difference}. `fused-opt quality` compares that with what other seeds change.",
+            f"Memory of the states: {ours / torchs:.1%} of torch's.",
         ]
 
 
@@ -232,40 +209,53 @@ def save_picture(trainings: list[Training], title: str, path: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, compare, report. Returns the exit status: 0 if the trainings are identical bit for bit, else 1."""
+    """Train, compare, report.
+
+    Returns:
+        The exit status: 0; 1 if the trainings are not identical bit for bit though they should be, or if 8-bit states made one diverge.
+
+    Raises:
+        CannotRunError: 8-bit states are asked for, but cannot be had.
+    """
+    backend, coded = native(), args.state == INT8
+    if coded and backend.module is None:
+        raise CannotRunError(f"8-bit states need the extension, and {backend.why}")
     console = Console(highlight=False)
     corpus = Corpus()
-    trainings = make_trainings(len(corpus.vocabulary), args.steps, args.seed)
-    train(trainings, corpus, args, console)
+    trainings = make_trainings(len(corpus.vocabulary), args.steps, args.seed, WEIGHT_DECAY, optimizers(args.state))
+    train_and_show(trainings, corpus, args, console)
     comparison = Comparison.of(*trainings)
-    written = trainings[1].model.continue_from(corpus.encode(PROMPT), SAMPLE_CHARACTERS, args.seed)
-    sample = " ".join(corpus.decode(written).split())
+    finite = all(map(math.isfinite, comparison.losses))
+    sample = "nothing: it diverged"
+    if finite:
+        written = trainings[1].model.continue_from(corpus.encode(PROMPT), SAMPLE_CHARACTERS, args.seed)
+        sample = " ".join(corpus.decode(written).split())
 
     size = f"{comparison.values:,} parameters, {args.steps:,} steps of {args.batch_size} x {CONTEXT} characters"
     setting = f"{size}, threads: {torch.get_num_threads()}"
-    verdict = "identical bit for bit" if comparison.identical else "NOT identical"
-    save_picture(trainings, f"The same training with two AdamW: {verdict}\n{setting}", args.output)
-    backend = native()
-    lines = comparison.sentences(args.steps)
+    title = f"8-bit states: {comparison.difference}" if coded else f"two AdamW: {comparison.verdict}"
+    save_picture(trainings, f"The same training with {title}\n{setting}", args.output)
+    lines = comparison.of_models() if coded else comparison.of_bits(args.steps)
+    lines.append(f"Optimizer step: fused_opt is {comparison.speedup:.2f} times as fast as torch (median of paired ratios).")
     if backend.module is None:
         lines.append(f"fused_opt ran torch's for-loop, whose bits are not torch's fused ones, because: {backend.why}.")
     else:
         lines.append(f"fused_opt ran its native code for {backend.isa}: {backend.why}.")
-        if not comparison.identical:
+        if not (comparison.identical or coded):
             lines.append("That breaks a promise: please report it, with the output of `fused-opt doctor`.")
     lines += [f"Picture: {args.output}", f"The trained model writes: {sample}"]
     console.print(setting, soft_wrap=True)
     console.print(table(trainings))
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     if args.json:
-        measured = ("losses", "held_out_loss", "seconds", "optimizer_seconds", "share")
+        measured = ("losses", "held_out_loss", "seconds", "optimizer_seconds", "share", "state_bytes")
         results = {
             "machine": machine.describe(),
-            "settings": {"threads": torch.get_num_threads(), "batch_size": args.batch_size, "seed": args.seed},
+            "settings": {"threads": torch.get_num_threads(), "batch_size": args.batch_size, "seed": args.seed, "state": args.state},
             "identical": comparison.identical,
             **vars(comparison),
             "trainings": {t.name: {key: getattr(t, key) for key in measured} for t in trainings},
             "sample": sample,
         }
         args.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0 if comparison.identical else 1
+    return int(not (finite if coded else comparison.identical))

@@ -32,14 +32,18 @@ class ExactSample:
         params: start values.
         grads: of every step, each of its parameter's shape. They must be nonzero, so that no sum cancels, and so large that a step is seen
             in the parameters' dtype.
+
+    Attributes:
+        indices: which elements of each tensor, counted in the order of its dimensions.
+        epsilon: the spacing of the parameters' numbers at 1.
     """
 
     def __init__(self, case: Case, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
         # An odd distance, so that all places in a vector and all parities of a row are met.
-        self._indices = [torch.arange(0, p.numel(), math.ceil(p.numel() / _SAMPLE) | 1) for p in params]
-        self._epsilon = torch.finfo(params[0].dtype).eps
-        exact = torch.nn.Parameter(self._take(params))
-        exact.grad = self._take(grads)
+        self.indices = [torch.arange(0, p.numel(), math.ceil(p.numel() / _SAMPLE) | 1) for p in params]
+        self.epsilon = torch.finfo(params[0].dtype).eps
+        exact = torch.nn.Parameter(self.take(params))
+        exact.grad = self.take(grads)
         optimizer = getattr(torch.optim, case.optimizer)([exact], **case.options, foreach=False)
         size, moved = exact.detach().abs(), torch.zeros_like(exact.detach())
         for _ in range(COMPARED_STEPS):
@@ -48,6 +52,7 @@ class ExactSample:
             size = torch.maximum(size, exact.detach().abs())
             moved += (exact.detach() - before).abs()
         self._exact = exact.detach()
+        self._moved = moved
         self._magnitude = size + moved
 
     def error(self, params: Sequence[torch.Tensor]) -> float:
@@ -55,9 +60,18 @@ class ExactSample:
 
         In units of eps (the spacing of numbers at 1) times the parameter's magnitude: the largest that it had plus all steps' lengths.
         """
-        error = (self._take(params) - self._exact).abs() / (self._epsilon * self._magnitude)
-        return float(error.nan_to_num(nan=math.inf).max())
+        return largest((self.take(params) - self._exact).abs() / (self.epsilon * self._magnitude))
 
-    def _take(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        taken = [torch.take(tensor.detach(), index) for tensor, index in zip(tensors, self._indices, strict=True)]
+    def detour(self, params: Sequence[torch.Tensor]) -> float:
+        """As `error`, in units of the length of the way that the parameter went: the sum of its steps' lengths."""
+        return largest((self.take(params) - self._exact).abs() / self._moved)
+
+    def take(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """These elements of all tensors in a row, in float64."""
+        taken = [torch.take(tensor.detach(), index) for tensor, index in zip(tensors, self.indices, strict=True)]
         return torch.cat(taken).double()
+
+
+def largest(errors: torch.Tensor) -> float:
+    """The largest one; infinity if one is NaN."""
+    return float(errors.nan_to_num(nan=math.inf).max())

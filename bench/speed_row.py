@@ -5,24 +5,28 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
 import fused_opt
+from fused_opt.bench import coded_sample, peers
 from fused_opt.bench.cases import Case
+from fused_opt.bench.coded_sample import CodedErrors
 from fused_opt.bench.exact_sample import COMPARED_STEPS, TOLERATED, ExactSample
 from fused_opt.bench.layouts import LAYOUTS, Layout
 from fused_opt.bench.machine import available_memory, peak_memory
 from fused_opt.bench.measure import Effort, Spread, Streaming, interleave, paired_ratios
-from fused_opt.bench.speed_plan import DTYPES, Job
+from fused_opt.bench.speed_plan import AS_TORCH, DTYPES, INT8, STATES, Job
 from fused_opt.bench.workloads import Workload
+from fused_opt.native import native
 
 OURS = "ours"
 CONTIGUOUS = "ours, contiguous"  # timed beside a row of another layout
+PLAIN = "ours, as torch"  # timed beside a row of other states
 FUSED, FOREACH, FOR_LOOP = "fused", "foreach", "for-loop"
 TORCH: dict[str, dict[str, bool]] = {  # constructor arguments
     FUSED: {"fused": True},
@@ -51,9 +55,13 @@ class Row:
         step_bytes: read and written by a step that touches parameters, gradients and states once.
         samples: implementation -> seconds a step, by rounds.
         limits: the streaming limit in GB/s, by rounds; empty below `STREAMING_FROM`.
-        errors: implementation -> `ExactSample.error` after `COMPARED_STEPS` steps.
+        errors: implementation -> `ExactSample.error` after `COMPARED_STEPS` steps; with 8-bit states `CodedErrors.parameters`.
         left_out: implementations of torch that were not timed.
         peak_bytes: implementation -> by how much the process grew at the most during a step; None where the system does not tell.
+        state_bytes: format, a key of `STATES` -> the size of all states; of the job's format and as torch has them.
+        coded: implementation of ours -> the errors of its steps with 8-bit states.
+        detours: implementation of ours -> `ExactSample.detour` of 8-bit states: what they cost.
+        peers: 8-bit optimizers of others.
     """
 
     job: Job
@@ -64,6 +72,10 @@ class Row:
     errors: dict[str, float]
     left_out: list[str]
     peak_bytes: dict[str, int | None]
+    state_bytes: dict[str, int] = field(default_factory=dict)
+    coded: dict[str, CodedErrors] = field(default_factory=dict)
+    detours: dict[str, float] = field(default_factory=dict)
+    peers: list[peers.Beside] = field(default_factory=list)
 
     @cached_property
     def seconds(self) -> dict[str, Spread]:
@@ -78,8 +90,8 @@ class Row:
 
     @property
     def wrong(self) -> list[str]:
-        """Implementations whose error rounding does not explain."""
-        return [name for name, error in self.errors.items() if error > TOLERATED]
+        """Implementations whose error rounding, or the code's bound, does not explain."""
+        return [name for name, error in self.errors.items() if error > TOLERATED or (name in self.coded and self.coded[name].states > 1)]
 
     @property
     def fastest(self) -> str:
@@ -156,62 +168,90 @@ def measure_row(
     """
     case, layout = job.case, LAYOUTS[job.layout]
     quick = quick and job.workload.elements > LARGE
-    torch_class = getattr(torch.optim, case.optimizer)
+    our_class, torch_class = getattr(fused_opt, case.optimizer), getattr(torch.optim, case.optimizer)
     exist = [name for name in TORCH if name != FUSED or "fused" in inspect.signature(torch_class).parameters]
+    variants = {OURS: (layout, job.state)}
+    if job.layout != "contiguous":
+        variants[CONTIGUOUS] = (LAYOUTS["contiguous"], job.state)
+    if job.state != AS_TORCH:
+        variants[PLAIN] = (layout, AS_TORCH)
+        if native().module is None:
+            return Skipped(job, f"needs the extension, and {native().why}")
 
-    states = _count_states(case)
+    try:
+        state_bytes = {state: _state_bytes(case, tensors.params, state) for state in (AS_TORCH, job.state)}
+    except ValueError as error:
+        return Skipped(job, f"cannot be had: {error}")
     parameter_bytes = DTYPES[job.dtype].itemsize * job.workload.elements
-    copies = 1 + (job.layout != "contiguous") + (min(2, len(exist)) if quick else len(exist))
-    needed = parameter_bytes * (copies * (1 + states) + 2)  # gradients in the layout; torch's temporaries: a copy at the least
+    torchs = min(2, len(exist)) if quick else len(exist)
+    copies = len(variants) + torchs + 2  # gradients in the layout; torch's temporaries: a copy at the least
+    needed = copies * parameter_bytes + torchs * state_bytes[AS_TORCH] + sum(state_bytes[state] for _, state in variants.values())
     available = available_memory()
     if available is not None and needed > available:
         return Skipped(job, f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available")
 
     exact = ExactSample(case, tensors.params, tensors.grads)
-    grads = [layout.gradient(grad) for grad in tensors.grads]
+    layout_grads = {each: [each.gradient(grad) for grad in tensors.grads] for each, _ in variants.values()}
     steps: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
+    coded: dict[str, CodedErrors] = {}
+    detours: dict[str, float] = {}
 
-    def prepare(name: str, optimizer_class: Any, layout: Layout, grads: Sequence[torch.Tensor]) -> float:
+    def prepare(name: str, optimizer_class: Any, options: Mapping[str, Any], layout: Layout) -> float:
         """Make an optimizer and let it take the compared steps. Returns the seconds that these took."""
         params = [torch.nn.Parameter(layout.parameter(p.clone())) for p in tensors.params]
-        for param, grad in zip(params, grads, strict=True):
+        for param, grad in zip(params, layout_grads[layout], strict=True):
             param.grad = grad
-        steps[name] = optimizer_class(params, **case.options, **TORCH.get(name, {})).step
+        optimizer = optimizer_class(params, **case.options, **options)
+        steps[name] = optimizer.step
         start = time.perf_counter()
-        for _ in range(COMPARED_STEPS):
-            steps[name]()
-        seconds = time.perf_counter() - start
-        errors[name] = exact.error(params)
-        return seconds
+        if options == STATES[INT8]:
+            coded[name] = coded_sample.follow(case, exact, optimizer, params)
+            errors[name], detours[name] = coded[name].parameters, exact.detour(params)
+        else:
+            for _ in range(COMPARED_STEPS):
+                optimizer.step()
+            errors[name] = exact.error(params)
+        return time.perf_counter() - start
 
-    our_class = getattr(fused_opt, case.optimizer)
-    prepare(OURS, our_class, layout, grads)
-    if job.layout != "contiguous":
-        prepare(CONTIGUOUS, our_class, LAYOUTS["contiguous"], tensors.grads)
+    for name, (its_layout, state) in variants.items():
+        prepare(name, our_class, STATES[state], its_layout)
     enough = False
     for name in exist:
         if not (quick and enough):
-            seconds = prepare(name, torch_class, layout, grads)
+            seconds = prepare(name, torch_class, TORCH[name], layout)
             enough = errors[name] <= TOLERATED and (name == FUSED or seconds > PATIENCE)
 
-    # Reads the parameter, the gradient and the states; writes the parameter and the states. AdamW in float32: 28 bytes an element.
-    step_bytes = parameter_bytes * (3 + 2 * states)
+    # Reads the parameter, the gradient and the states; writes the parameter and the states. AdamW in float32: 28 bytes an element, and
+    # with 8-bit states 16.
+    step_bytes = parameter_bytes * 3 + state_bytes[job.state] * 2
     memory = streaming() if step_bytes >= STREAMING_FROM else None
     samples = interleave({**steps, **(memory.kernels() if memory else {})}, effort, lead_in=memory is None, on_round=on_round)
+    peak_bytes = {name: peak_memory(step) for name, step in steps.items()}
+    ours, timed = steps[OURS], list(steps)
+    steps.clear()  # peers need memory, too
+    others = peers.installed() if job.layout == "contiguous" and job.state == INT8 and case == Case("AdamW") else []
     return Row(
         job=job,
         threads=torch.get_num_threads(),
         step_bytes=step_bytes,
-        samples={name: samples[name] for name in steps},
+        samples={name: samples[name] for name in timed},
         limits=memory.limits(samples) if memory else [],
         errors=errors,
-        left_out=[name for name in exist if name not in steps],
-        peak_bytes={name: peak_memory(step) for name, step in steps.items()},
+        left_out=[name for name in exist if name not in timed],
+        peak_bytes=peak_bytes,
+        state_bytes=state_bytes,
+        coded=coded,
+        detours=detours,
+        peers=[peers.steps_beside(peer, tensors.params, tensors.grads, ours, exact.detour, memory is None) for peer in others],
     )
 
 
-def _count_states(case: Case) -> int:
-    """How many tensors of a parameter's size the optimizer keeps for it."""
-    optimizer = getattr(fused_opt, case.optimizer)([torch.nn.Parameter(torch.zeros(1))], **case.options)
-    return len(optimizer._rule.slots(optimizer.param_groups[0]))
+def _state_bytes(case: Case, values: Sequence[torch.Tensor], state: str) -> int:
+    """What our states of these parameters take.
+
+    Raises:
+        ValueError: they cannot have states of that format.
+    """
+    optimizer = getattr(fused_opt, case.optimizer)([torch.nn.Parameter(value) for value in values], **case.options, **STATES[state])
+    return sum(row.state_bytes for row in fused_opt.explain(optimizer).rows)

@@ -257,7 +257,7 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
     };
     if (!read_state(index, k, tensor, s)) return decline("a state is not a plain strided tensor, or lazily negated or conjugated");
     Format format = Format::kFloat32;
-    const bool codes = is_codes(s);
+    const bool codes = is_codes(s) && layout_.takes_codes;
     if (!same_shape(s, p) || is_complex(s) != is_complex(p) || !(codes || find_format(s, format))) refuse_state(slot.name, s, p);
     if (!s.on_cpu) return decline("a state is not on the CPU");
     if (!same_strides(s, p)) {

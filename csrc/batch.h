@@ -30,6 +30,7 @@ struct Slot {
 struct Layout {
   std::vector<Slot> slots;  // in the rule's order
   PyObject* counter;        // interned key of the step counter, or null
+  bool takes_codes;         // whether states may be in 8-bit codes
 };
 
 struct Entry {

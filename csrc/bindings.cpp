@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <tuple>
 
@@ -15,8 +16,11 @@ namespace fused_opt {
 
 const Isa& find_isa(const std::string& name) {
   for (int i = 0; i < isa_count; ++i)
-    if (name == isas[i].name && isas[i].supported()) return isas[i];
-  throw py::value_error("'" + name + "' is no instruction set that is compiled in and that this CPU has");
+    if (name == isas[i].name) {
+      if (!isas[i].supported()) throw py::value_error("this CPU cannot run " + name);
+      return isas[i];
+    }
+  throw py::value_error("unknown instruction set '" + name + "'");
 }
 
 TensorReader& reader() {
@@ -62,11 +66,33 @@ std::vector<KernelAddress> kernel_addresses() {
   return list;
 }
 
+// Where the code of each instruction set starts, for the same test: the first of all functions that its table leads to.
+std::vector<std::pair<const char*, uintptr_t>> code_starts() {
+  std::vector<std::pair<const char*, uintptr_t>> starts;
+  for (int i = 0; i < isa_count; ++i) {
+    const KernelTable& table = *isas[i].kernels;
+    std::vector<uintptr_t> functions = {reinterpret_cast<uintptr_t>(table.block_codecs->largest_magnitude)};
+    for (const auto& [isa, rule, flags, format, address] : kernel_addresses())
+      if (isa == table.isa) functions.push_back(address);
+    for (int precision = 0; precision < kPrecisions; ++precision)
+      for (const Codec& codec : table.codecs[precision].at) {
+        functions.push_back(reinterpret_cast<uintptr_t>(codec.decode));
+        functions.push_back(reinterpret_cast<uintptr_t>(codec.encode));
+      }
+    for (const BlockCodec& codec : table.block_codecs->at) {
+      functions.push_back(reinterpret_cast<uintptr_t>(codec.decode));
+      functions.push_back(reinterpret_cast<uintptr_t>(codec.encode));
+    }
+    starts.emplace_back(table.isa, *std::min_element(functions.begin(), functions.end()));
+  }
+  return starts;
+}
+
 using SlotNames = std::tuple<std::string, std::string, bool>;  // the members of Slot
 
-Layout make_layout(const std::vector<SlotNames>& slots, const std::string& counter) {
+Layout make_layout(const std::vector<SlotNames>& slots, const std::string& counter, bool takes_codes) {
   if (slots.size() > kMaxStates) throw py::value_error("a rule has at most " + std::to_string(kMaxStates) + " states");
-  Layout layout{{}, counter.empty() ? nullptr : PyUnicode_InternFromString(counter.c_str())};
+  Layout layout{{}, counter.empty() ? nullptr : PyUnicode_InternFromString(counter.c_str()), takes_codes};
   for (const auto& [name, scales, non_negative] : slots)
     layout.slots.push_back({PyUnicode_InternFromString(name.c_str()), PyUnicode_InternFromString(scales.c_str()), non_negative});
   return layout;  // interned keys are kept for the life of the process: there are fifteen of them in all
@@ -129,13 +155,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("reader", [] { return reader().method(); }, "How tensors are read: 'dlpack' or 'data_ptr'.");
   m.def("forget_exchange_table", [] { reader().forget_exchange_table(); }, "Test hook.");
   m.def("kernel_addresses", kernel_addresses, "Test hook.");
+  m.def("code_starts", code_starts, "Test hook.");
   m.attr("compiler") = __VERSION__;
 
   py::class_<Batch>(m, "Batch")
-      .def(py::init([](const std::vector<SlotNames>& slots, const std::string& counter) {
-             return std::make_unique<Batch>(reader(), make_layout(slots, counter));
+      .def(py::init([](const std::vector<SlotNames>& slots, const std::string& counter, bool takes_codes) {
+             return std::make_unique<Batch>(reader(), make_layout(slots, counter, takes_codes));
            }),
-           py::arg("slots"), py::arg("counter"))
+           py::arg("slots"), py::arg("counter"), py::arg("takes_codes"))
       .def(
           "gather",
           [](Batch& self, const py::list& params, const py::dict& state, bool assume_grad) {

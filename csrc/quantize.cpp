@@ -70,9 +70,9 @@ void encode_by_table(const float* table, const float* values, int64_t count, flo
     const float x = scale > 0 ? values[i] / scale : 0;
     const int64_t above = std::clamp<int64_t>(std::upper_bound(table, table + 256, x) - table, 1, 255);
     const float low = table[above - 1], high = table[above];
-    // The offset's last bits are set, so that the rounding error of a decoded number does not move it.
-    const uint16_t offset = static_cast<uint16_t>(rounding.first + i * rounding.step) | 0xff;
-    const bool up = (x - low) / (high - low) + static_cast<float>(offset) / 65536 >= 1;
+    // As Offsets in kernels/code8.h has it; not from 0 to 1, so that the rounding error of a decoded number does not move it.
+    const int64_t offset = ((rounding.first + i * rounding.step) % 16384) * 32 + 16;
+    const bool up = (x - low) / (high - low) + static_cast<float>(offset) / (1 << 19) >= 1;
     codes[i] = static_cast<uint8_t>(up ? above : above - 1);
   }
 }
@@ -91,14 +91,15 @@ void measure(const Quantized& q, const Isa& isa, int max_threads) {
   for (size_t i = 0; i < largest.size(); ++i) q.scales[i] = codecs.scale_of(largest[i]);
 }
 
-void quantize(const Quantized& q, bool measured, bool stochastic, uint64_t seed, const Isa& isa, int max_threads) {
+void quantize(const Quantized& q, bool measured, const Seeds& seeds, const Isa& isa, int max_threads) {
   const BlockCodecs& codecs = *isa.kernels->block_codecs;
   for_each_piece(q, max_threads, [&](const Piece& piece, float* scratch) {
     const float* const values = read(q, isa, piece, scratch);
     float& scale = q.scales[piece.block];
     const uint32_t largest = measured ? bits_of(scale) : codecs.largest_magnitude(values, piece.count);
     if (!measured) scale = codecs.scale_of(largest);
-    const Rounding rounding = codecs.rounding_of(stochastic, seed, piece.number, largest);
+    const Rounding rounding =
+        codecs.rounding_of(seeds.stochastic, seeds.of_blocks ? seeds.of_blocks[piece.block] : seeds.all, piece.number, largest);
     uint8_t* const codes = q.codes + piece.first;
     if (q.table)
       encode_by_table(q.table, values, piece.count, scale, rounding, codes);

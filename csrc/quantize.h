@@ -23,9 +23,16 @@ struct Quantized {
 // Sets every block's scale: its largest magnitude, or NaN if it has a value that is not finite.
 void measure(const Quantized& q, const Isa& isa, int max_threads);
 
-// Sets every code, to the nearest or (`stochastic`) such that it is right on average; the draw depends on seed, place and values only.
-// The scales are taken as they are, or measured in the same pass over memory, which needs blocks of kMaxBlock values at the most.
-void quantize(const Quantized& q, bool measured, bool stochastic, uint64_t seed, const Isa& isa, int max_threads);
+// Of stochastic rounding; without it to the nearest.
+struct Seeds {
+  bool stochastic;
+  uint64_t all;
+  const uint64_t* of_blocks;  // used instead of `all`; or null
+};
+
+// Sets every code. The scales are taken as they are, or measured in the same pass over memory, which needs blocks of kMaxBlock values at
+// the most. What is drawn depends on seed, place and values only.
+void quantize(const Quantized& q, bool measured, const Seeds& seeds, const Isa& isa, int max_threads);
 
 // Sets every value.
 void dequantize(const Quantized& q, const Isa& isa, int max_threads);

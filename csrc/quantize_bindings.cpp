@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
-
 #include "bindings.h"
 #include "quantize.h"
 
@@ -55,6 +53,16 @@ Quantized read_quantized(const py::object& values, const py::object& codes, cons
           named ? nullptr : static_cast<const float*>(read_floats(code, "the table of a code", 256).data)};
 }
 
+// None, an integer, or an int64 tensor with one for each block.
+Seeds read_seeds(const py::object& seed, const Quantized& q) {
+  if (seed.is_none()) return {false, 0, nullptr};
+  if (py::isinstance<py::int_>(seed)) return {true, seed.cast<uint64_t>(), nullptr};
+  const TensorInfo s = read_tensor(seed, "seeds");
+  if (s.kind != 'i' || s.bits != 64 || !is_dense(s) || s.numel() != (q.count + q.block_size - 1) / q.block_size)
+    throw py::value_error("seeds must be int64, contiguous, one for each block");
+  return {true, 0, static_cast<const uint64_t*>(s.data)};
+}
+
 }  // namespace
 
 void add_quantization(py::module_& m) {
@@ -62,7 +70,7 @@ void add_quantization(py::module_& m) {
       "measure",
       [](const py::object& values, const py::object& codes, const py::object& scales, int64_t block_size, const std::string& isa,
          int max_threads) {
-        const Quantized q = read_quantized(values, codes, scales, block_size, py::str("linear"));
+        const Quantized q = read_quantized(values, codes, scales, block_size, py::str(kCodeNames[0]));
         py::gil_scoped_release release;
         measure(q, find_isa(isa), max_threads);
       },
@@ -70,11 +78,12 @@ void add_quantization(py::module_& m) {
   m.def(
       "quantize",
       [](const py::object& values, const py::object& codes, const py::object& scales, int64_t block_size, const py::object& code,
-         bool measured, std::optional<uint64_t> seed, const std::string& isa, int max_threads) {
+         bool measured, const py::object& seed, const std::string& isa, int max_threads) {
         const Quantized q = read_quantized(values, codes, scales, block_size, code);
+        const Seeds seeds = read_seeds(seed, q);
         if (!measured && block_size > kMaxBlock) throw py::value_error("longer blocks must be measured first");
         py::gil_scoped_release release;
-        quantize(q, measured, seed.has_value(), seed.value_or(0), find_isa(isa), max_threads);
+        quantize(q, measured, seeds, find_isa(isa), max_threads);
       },
       py::arg("values"), py::arg("codes"), py::arg("scales"), py::arg("block_size"), py::arg("code"), py::arg("measured"), py::arg("seed"),
       py::arg("isa"), py::arg("max_threads"));

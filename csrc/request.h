@@ -42,7 +42,7 @@ using Kernel = void (*)(const double* scalars, const Run& run);
 // Those for 16-bit formats compute in single precision.
 struct KernelsByFormat {
   Kernel at[kFormats];
-  Kernel blocks;  // for states in 8-bit codes; null if the rule has no states
+  Kernel blocks;  // for states in 8-bit codes; null if there can be none
 };
 
 // Between memory, `stride` elements from one value to the next, and densely packed numbers of a precision.
@@ -55,7 +55,7 @@ struct CodecsByFormat {
   Codec at[kFormats];
 };
 
-// How the fraction of a code is rounded; see Offsets in kernels/code8.h.
+// How the fraction of a code is rounded, in 2^-14 of the distance between two codes; see Offsets in kernels/code8.h.
 struct Rounding {
   uint16_t first, step;
 };

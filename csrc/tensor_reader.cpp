@@ -131,7 +131,7 @@ bool TensorReader::read_by_methods(PyObject* object, TensorInfo& out) const {
     const bool is_float = dtype == "torch.float32" || dtype == "torch.float64" || dtype == "torch.float16";
     const bool is_complex = tensor.attr("is_complex")().cast<bool>();
     const bool is_int = dtype.rfind("torch.int", 0) == 0;
-    out.kind = is_float ? 'f' : is_complex ? 'c' : dtype == "torch.bfloat16" ? 'b' : is_int ? 'i' : '?';
+    out.kind = is_float ? 'f' : is_complex ? 'c' : dtype == "torch.bfloat16" ? 'b' : is_int ? 'i' : dtype == "torch.uint8" ? 'u' : '?';
     out.bits = static_cast<uint8_t>(8 * tensor.attr("element_size")().cast<int>());
     out.on_cpu = tensor.attr("device").attr("type").cast<std::string>() == "cpu";
     out.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());

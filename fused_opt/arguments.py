@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+
+class CannotRunError(Exception):
+    """A command cannot do what its arguments ask for; the message says why."""
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -21,6 +25,17 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def one_of(kind: str, names: Collection[str]) -> Callable[[str], str]:
+    """An argparse type for one of these names, which are `kind`s."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise argparse.ArgumentTypeError(f"unknown {kind} {name!r}; use any of {', '.join(names)}")
+        return name
+
+    return check
 
 
 def writable_file(text: str) -> Path:

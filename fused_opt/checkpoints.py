@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fused_opt.foreign import foreign_group_options, read_foreign
-from fused_opt.quantization import BLOCK_SIZES, decode, encode, scale_count
+from fused_opt.quantization import BLOCK_SIZES, block_size_of, decode, encode, scale_count
 from fused_opt.rules import NON_NEGATIVE, Group, Rule
 from fused_opt.states import (
     STORAGE_OPTIONS,
@@ -126,7 +126,7 @@ def _saved_state(state: Any) -> Any:
     for name, value in state.items():
         if is_codes(value) and scale_name(name) in state:
             scales = state[scale_name(name)]
-            size = next(size for size in BLOCK_SIZES if scale_count(value.numel(), size) == scales.numel())
+            size = block_size_of(value.numel(), scales.numel())
             result[name] = {"version": VERSION, "code": code_of(name), "block_size": size, "codes": value, "scales": scales}
         else:
             result[name] = value
@@ -180,28 +180,28 @@ def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -
             codes = _read(value, where)
             if codes.codes.dtype != code_dtype(name):
                 raise ValueError(f"{where} has code {codes.code!r}, but this state has {code_of(name)!r}; the checkpoint is damaged")
-            result |= _converted(name, codes, _wanted(group, index, codes), group["params"][index], where)
+            result |= _converted(name, codes, _wanted(rule, group, index, codes), group["params"][index], where)
         elif isinstance(value, torch.Tensor) and name != "step":
-            result |= _converted(name, value, _wanted(group, index, value), group["params"][index], where)
+            result |= _converted(name, value, _wanted(rule, group, index, value), group["params"][index], where)
         else:
             result[name] = value
     return result
 
 
-def _wanted(group: Group, index: int, value: torch.Tensor | _Codes) -> Format | None:
+def _wanted(rule: Rule, group: Group, index: int, value: torch.Tensor | _Codes) -> Format | None:
     """None: as it is, or as torch casts it."""
     param = group["params"][index]
     asked = asked_for(group, index)
     if isinstance(value, torch.Tensor):
         if value.is_complex() and param.is_complex() and asked is not None:
-            return format_asked_for(asked, group, index)
+            return format_asked_for(rule, asked, group, index)
         if not (value.is_floating_point() and param.is_floating_point()):
             return None
         if asked is None:
             return value.dtype if value.dtype.itemsize > param.dtype.itemsize else None
     elif asked is None:
         return param.dtype if isinstance(group.get("state_dtype"), Mapping) else Blocks(value.block_size)
-    return format_asked_for(asked, group, index)
+    return format_asked_for(rule, asked, group, index)
 
 
 def _converted(name: str, value: torch.Tensor | _Codes, wanted: Format | None, param: torch.Tensor, where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fused_opt
+from fused_opt.arguments import CannotRunError
 
 # Command -> its module and its line in the help, which is here because the help must also work, and at once, where the
 # module's own imports fail. The command's own help begins with the module's HELP.
@@ -17,6 +18,7 @@ COMMANDS = {
     "parity": ("fused_opt.bench.parity", "how exact: compares the bits of each option with torch's"),
     "doctor": ("fused_opt.doctor", "what this installation uses and why, and what is wrong"),
     "demo": ("fused_opt.bench.demo", "trains a small transformer with torch's AdamW and with ours"),
+    "quality": ("fused_opt.bench.quality", "what 8-bit states do to trained models, beside what other seeds do"),
 }
 
 
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(chosen, problem)
     try:
         return int(module.run(args))
+    except CannotRunError as why:
+        return _refuse(chosen, str(why))
     except KeyboardInterrupt:
         return 130
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import importlib.metadata
 import json
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {"Adam": {}, "AdamW": {}, "RMSprop": {},
 # Of the parameter to try the step on: enough for three threads (32,768 each), and a tail that fills no vector.
 ELEMENTS = 100_001
 STEPS = 3
+
+FP32_SECTION, CODED_SECTION = "fp32 parameters on the CPU", "fp32 parameters with 8-bit states on the CPU"
 
 # Room for the longest label.
 LABEL_WIDTH = 20
@@ -106,7 +109,9 @@ def examine(report: Report) -> Iterator[str]:
     _gpu(report, torch)
     yield "GPU"
     _optimizers(report, torch if usable else None)
-    yield "fp32 parameters on the CPU"
+    yield FP32_SECTION
+    _coded_optimizers(report, torch if usable else None)
+    yield CODED_SECTION
 
 
 def _versions(report: Report) -> Any:
@@ -124,7 +129,7 @@ def _versions(report: Report) -> Any:
         "fused_opt": f"{fused_opt.__version__} ({Path(fused_opt.__file__).parent})",
         "python": f"{platform.python_version()} ({sys.executable})",
         "torch": found,
-        **{name: _installed(name) for name in ("triton", "numpy", "rich", "matplotlib")},
+        **{name: _installed(name) for name in ("triton", "numpy", "rich", "matplotlib", "scikit-learn")},
     }
     return torch
 
@@ -222,26 +227,46 @@ def _gpu(report: Report, torch: Any) -> None:
 
 
 def _optimizers(report: Report, torch: Any) -> None:
-    section = report.sections["fp32 parameters on the CPU"] = {}
-    if torch is None:
-        section["not tried"] = "no step is possible"
+    _try_all(report, FP32_SECTION, OPTIMIZERS, "" if torch else "no step is possible", lambda name: _try_optimizer(report, torch, name))
+
+
+def _coded_optimizers(report: Report, torch: Any) -> None:
+    why_not = "no step is possible" if torch is None else "" if native().module else f"they need the extension, and {native().why}"
+    names = [f"{name}8bit" for name in OPTIMIZERS]
+    _try_all(report, CODED_SECTION, names, why_not, lambda name: _try_coded_optimizer(report, torch, name))
+
+
+def _try_all(report: Report, title: str, names: Iterable[str], why_not: str, attempt: Callable[[str], str]) -> None:
+    """A section with what comes of each attempt, unless there is a reason not to make any."""
+    section = report.sections[title] = {}
+    if why_not:
+        section["not tried"] = why_not
         return
-    for name, options in OPTIMIZERS.items():
+    for name in names:
         try:
-            section[name] = _try_optimizer(report, torch, name, options)
+            section[name] = attempt(name)
         except Exception as error:  # the point of trying
             section[name] = f"fails: {_brief(error)}"
             report.problem(f"{name}'s step fails: {_brief(error)}", "report this, with all of this output")
 
 
-def _try_optimizer(report: Report, torch: Any, name: str, options: dict[str, Any]) -> str:
-    """Take some steps, compare them with those of torch's for-loop, and say who made them."""
+def _problem_values(torch: Any) -> list[Any]:
+    """A parameter's start, and a gradient for each step."""
     generator = torch.Generator().manual_seed(0)
-    start, *grads = (torch.randn(ELEMENTS, generator=generator, dtype=torch.float32) for _ in range(1 + STEPS))
+    return [torch.randn(ELEMENTS, generator=generator, dtype=torch.float32) for _ in range(1 + STEPS)]
+
+
+def _by(row: Any) -> str:
+    return f"{row.path} ({row.reason}); states: {row.state_bytes / row.elements:.4g} bytes a value"
+
+
+def _try_optimizer(report: Report, torch: Any, name: str) -> str:
+    """Take some steps, compare them with those of torch's for-loop, and say who made them."""
+    start, *grads = _problem_values(torch)
     results = []
     for module, how in ((fused_opt, {}), (torch.optim, {"foreach": False})):
         param = torch.nn.Parameter(start.clone())
-        optimizer = getattr(module, name)([param], lr=0.1, **options, **how)
+        optimizer = getattr(module, name)([param], lr=0.1, **OPTIMIZERS[name], **how)
         if module is fused_opt:
             (row,) = fused_opt.explain(optimizer).rows
         for grad in grads:
@@ -261,8 +286,42 @@ def _try_optimizer(report: Report, torch: Any, name: str, options: dict[str, Any
                 f"{name}, {key} after {STEPS} steps by {row.path}: not what torch's for-loop computes: {difference}",
                 "train with FUSED_OPT_BACKEND=torch, and report this with the output of `fused-opt parity`",
             )
-            return f"{row.path} ({row.reason}); WRONG: {key} differs from torch's"
-    return f"{row.path} ({row.reason}); {STEPS} steps agree with torch's for-loop"
+            return f"{_by(row)}; WRONG: {key} differs from torch's"
+    return f"{_by(row)}; {STEPS} steps agree with torch's for-loop"
+
+
+def _try_coded_optimizer(report: Report, torch: Any, name: str) -> str:
+    """Take some steps with 8-bit states, compare each with what it must be: dequantize, a step in fp32, quantize; and say who made them."""
+    from fused_opt.quantization import encode, step_seeds
+    from fused_opt.states import BLOCK_SIZE, code_of, scale_name
+
+    plain_name = name.removesuffix("8bit")
+    start, *grads = _problem_values(torch)
+    param = torch.nn.Parameter(start)
+    optimizer = getattr(fused_opt, name)([param], lr=0.1, **OPTIMIZERS[plain_name])
+    (row,) = fused_opt.explain(optimizer).rows
+    for step, grad in enumerate(grads, start=1):
+        other = torch.nn.Parameter(param.detach().clone())
+        reference = getattr(fused_opt, plain_name)([other], lr=0.1, **OPTIMIZERS[plain_name])
+        reference.load_state_dict(copy.deepcopy(fused_opt.torch_state_dict(optimizer)))  # loading shares step counters
+        param.grad, other.grad = grad, grad
+        seeds = step_seeds(param, BLOCK_SIZE)
+        optimizer.step()
+        reference.step()
+        pairs = {"parameter": (param.detach(), other.detach())}
+        for slot, _ in row.states:
+            codes, scales = (optimizer.state[param][name] for name in (slot, scale_name(slot)))
+            expected = torch.empty_like(codes), torch.empty_like(scales)
+            encode(reference.state[other][slot], *expected, code_of(slot), BLOCK_SIZE, seeds)
+            pairs |= {slot: (codes, expected[0]), scale_name(slot): (scales, expected[1])}
+        for key, (ours, right) in pairs.items():
+            if not torch.equal(ours, right):
+                report.problem(
+                    f"{name}, {key} in step {step} by {row.path}: not what dequantizing, a step in fp32 and quantizing give",
+                    "train with states in fp32, and report this with all of this output",
+                )
+                return f"{_by(row)}; WRONG: {key} in step {step}"
+    return f"{_by(row)}; {STEPS} steps are dequantize, fp32 step, quantize"
 
 
 def cpu_model() -> str:

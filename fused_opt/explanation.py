@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fused_opt.quantization import BLOCK_SIZES, scale_count
+from fused_opt.quantization import block_size_of, scale_count
 from fused_opt.rules import Group
-from fused_opt.states import Blocks, code_dtype, format_of_new_states, is_codes, scale_name
+from fused_opt.states import BLOCK_SIZE, Blocks, code_dtype, format_of_new_states, is_codes, scale_name
 from fused_opt.step import FusedStep, GroupPlan, Plan, plan
 
 
@@ -91,10 +91,10 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     state_bytes: dict[tuple[int, int], int] = {}
     for number, group in enumerate(the_plan.groups):
         for index, isa, reason in _paths(the_plan, group):
-            states = list(_states(optimizer, group.group, index))
-            state_bytes[number, index] = sum(size for _, _, size in states)
+            found = list(_states(optimizer, group.group, index))
+            state_bytes[number, index] = sum(size for _, _, size in found)
             dtype = _name(group.group["params"][index].dtype)
-            alike.setdefault((number, isa, reason, dtype, tuple((name, kind) for name, kind, _ in states)), []).append(index)
+            alike.setdefault((number, isa, reason, dtype, tuple((name, kind) for name, kind, _ in found)), []).append(index)
     the_plan.release()
     rows = []
     for (number, isa, reason, dtype, states), indices in alike.items():
@@ -133,10 +133,10 @@ def _states(optimizer: FusedStep, group: Group, index: int) -> Iterator[tuple[st
         state = existing.get(slot)
         if is_codes(state):
             scales = existing[scale_name(slot)]
-            size = next((size for size in BLOCK_SIZES if scale_count(state.numel(), size) == scales.numel()), 0)
+            size = block_size_of(state.numel(), scales.numel(), group.get("block_size") or BLOCK_SIZE)
             yield slot, f"{_name(state.dtype)}/{size}", state.nbytes + scales.nbytes
         elif isinstance(state, torch.Tensor):
-            yield slot, _name(state.dtype), state.nbytes
+            yield slot, _name(state.dtype), state.numel() * state.itemsize  # nbytes would fail for sparse ones
         else:
             made = format_of_new_states(optimizer._rule, group, index)
             if isinstance(made, Blocks):

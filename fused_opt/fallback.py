@@ -10,7 +10,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from fused_opt.native import native
-from fused_opt.states import asked_for, is_codes
+from fused_opt.states import asked_for, format_asked_for, is_codes
 
 if TYPE_CHECKING:
     from fused_opt.rules import Group
@@ -39,7 +39,7 @@ def check(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
                         "state_dtype='int8'"
                     )
                 asked = asked_for(group.group, index)
-                if asked not in (None, param.dtype):
+                if asked is not None and format_asked_for(optimizer._rule, asked, group.group, index) != param.dtype:
                     raise RuntimeError(
                         f"state_dtype={asked} cannot be had for {where}, which torch steps: {reason}; put it in a group without"
                     )

@@ -71,7 +71,7 @@ def foreign_group_options(group: dict[str, Any], rule_name: str) -> dict[str, An
         return None
     from_bitsandbytes = "amsgrad" not in group
     if not from_bitsandbytes and not isinstance(group["lr"], torch.Tensor):
-        return None  # of such an old version
+        return None  # torch's, of such an old version
     options = {key: value for key, value in group.items() if key != "params"}
     for key in ("lr", "initial_lr"):  # torchao keeps lr as a tensor, and a scheduler keeps a copy of it
         if key in options:
@@ -145,7 +145,7 @@ def _read_bitsandbytes_state(state: dict[str, Any], number: int) -> torch.Tensor
 
 
 def _is_torchao(value: Any) -> bool:
-    return hasattr(value, "codes")
+    return hasattr(value, "codes") and hasattr(value, "scale")
 
 
 def _read_torchao(state: dict[str, Any], slots: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -155,9 +155,8 @@ def _read_torchao(state: dict[str, Any], slots: tuple[str, ...]) -> dict[str, to
         if not _is_torchao(value):
             read[slot] = value.to(torch.float32, copy=True)
             continue
-        for attribute in ("scale", "qmap"):
-            if not hasattr(value, attribute):
-                raise ValueError(f"{slot} ({type(value).__name__}) has no {attribute!r}; only torchao's Adam8bit and AdamW8bit can be read")
+        if not hasattr(value, "qmap"):
+            raise ValueError(f"{slot} ({type(value).__name__}) has no table 'qmap'; only torchao's Adam8bit and AdamW8bit can be read")
         codes, scales = value.codes, value.scale
         if scales.ndim != 1 or scales.numel() == 0 or codes.numel() % scales.numel():
             raise ValueError(

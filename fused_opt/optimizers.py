@@ -70,7 +70,10 @@ class AdamW8bit(AdamW):
 
 
 class RMSprop8bit(RMSprop):
-    """`RMSprop` with `state_dtype="int8"`: one byte a value for each state (see `AdamW8bit`)."""
+    """`RMSprop` with `state_dtype="int8"`: one byte a value for each state (see `AdamW8bit`).
+
+    With `centered=True` states are float32: the variance, a small difference of two of them, would not survive codes.
+    """
 
     _default_state_dtype = "int8"
 

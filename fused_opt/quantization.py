@@ -62,10 +62,10 @@ class QuantizedTensor:
 
     def error(self, original: torch.Tensor) -> QuantizationError:
         """How far the codes are from `original`, a tensor of the same shape."""
-        if original.shape != self.shape:
-            raise ValueError(
-                f"the original has shape {tuple(original.shape)}, the codes have {tuple(self.shape)}; give the tensor that was quantized"
-            )
+        if not isinstance(original, torch.Tensor) or original.shape != self.shape:
+            is_tensor = isinstance(original, torch.Tensor)
+            what = f"has shape {tuple(original.shape)}" if is_tensor else f"is a {type(original).__name__}"
+            raise ValueError(f"the original {what}, the codes have shape {tuple(self.shape)}; give the tensor that was quantized")
         exact = original.detach().to(torch.float64)
         errors = (self.dequantize(torch.empty(self.shape)).to(torch.float64) - exact).abs_()
         if errors.numel() == 0:
@@ -110,7 +110,8 @@ def quantize_blockwise(
 
     - "linear": 1/254 (code / 127; scale / 127 is the distance between two codes).
     - "mulaw": (|x| + 1/247) / 32: evenly spaced near zero, else by 3 to 6% of the value. Mu-law companding as in ITU-T G.711, mu = 247.
-    - "unsigned_mulaw": (x + 1/63487) / 32, for values that are not negative; none that is positive becomes zero. mu = 63487.
+    - "unsigned_mulaw": (x + 1/63487) / 32, for values that are not negative. mu = 63487. Near zero up to 1/(16 * 63487), since no positive
+      value becomes zero.
     - "dynamic", "unsigned_dynamic": half the distance between two entries of the table `dynamic_table` (Dettmers 2015,
       https://arxiv.org/abs/1511.04561), which is that of bitsandbytes. Slower.
 
@@ -173,6 +174,11 @@ def dequantize_blockwise(quantized: QuantizedTensor, out: torch.Tensor | None = 
     """
     if not isinstance(quantized, QuantizedTensor):
         raise TypeError(f"expected a QuantizedTensor, not {type(quantized).__name__}; make one with quantize_blockwise")
+    for name in ("codes", "scales"):
+        if not isinstance(getattr(quantized, name), torch.Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, not {type(getattr(quantized, name)).__name__}; make them with quantize_blockwise"
+            )
     if quantized.code not in CODES:
         raise ValueError(f"Invalid code: {quantized.code!r}; use one of {', '.join(CODES)}")
     if quantized.codes.dtype != _CODE_DTYPES[quantized.code]:
@@ -184,33 +190,48 @@ def dequantize_blockwise(quantized: QuantizedTensor, out: torch.Tensor | None = 
         raise ValueError(
             f"out has shape {tuple(out.shape)}, the codes have {tuple(quantized.shape)}; make it with torch.empty_like(codes, dtype=...)"
         )
-    if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
+    if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("out requires a gradient, which writing to it would not have; pass out.detach(), or use torch.no_grad()")
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"out has strides {out.stride()}: several of its elements are one memory location; clone() it")
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError("out was made in inference mode, outside of which it cannot be written; clone() it")
-    decode(quantized.codes, quantized.scales, quantized.code, quantized.block_size, out)
+    decode(_in_order(quantized), quantized.scales, quantized.code, quantized.block_size, out)
     return out
 
 
-def encode(tensor: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, code: str, block_size: int) -> None:
-    """Quantize into `codes` and `scales`, to the nearest. Blocks run over the elements in the order of the codes' memory.
+def encode(
+    tensor: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, code: str, block_size: int, seeds: torch.Tensor | None = None
+) -> None:
+    """Quantize into `codes` and `scales`. Blocks run over the elements in the order of the codes' memory.
 
-    Values that are not finite make the scale of their block NaN.
+    To the nearest, or stochastically with `seeds`, int64, one for each block. Values that are not finite make the scale of their block NaN.
     """
-    _call("quantize", _plain(tensor), codes, scales, block_size, _table_or_name(code), False, None)
+    _call("quantize", _plain(tensor), codes, scales, block_size, _table_or_name(code), False, seeds)
+
+
+def step_seeds(param: torch.Tensor, block_size: int) -> torch.Tensor:
+    """The seeds with which a step rounds 8-bit states: of each block, the sum of the bits of its parameters before the step, as
+    float32 and without NaN.
+
+    Args:
+        param: the elements in the order of the blocks.
+    """
+    values = param.detach().reshape(-1).to(torch.float32)
+    bits = values.view(torch.int32).to(torch.int64).masked_fill(values.isnan(), 0)
+    padded = torch.nn.functional.pad(bits, (0, -len(bits) % block_size))
+    return padded.view(-1, block_size).sum(1) & 0xFFFFFFFF
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, code: str | torch.Tensor, block_size: int, out: torch.Tensor) -> None:
     """Dequantize into `out`. Blocks as for `encode`; `code` may be a table of 256 float32 values."""
-    increment_version(out)  # for autograd, whose checks do not see our writes
     _call("dequantize", out.detach(), codes, scales, block_size, code if isinstance(code, torch.Tensor) else _table_or_name(code))
+    increment_version(out)  # for autograd, whose checks do not see our writes
 
 
 def check_block_size(block_size: Any) -> None:
     """Raise ValueError if states cannot have blocks of that size."""
-    if isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(
             f"Invalid block_size: {block_size!r}; use a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} (default: 256)"
         )
@@ -221,9 +242,18 @@ def scale_count(elements: int, block_size: int) -> int:
     return -(-elements // block_size)
 
 
+def block_size_of(elements: int, scales: int, preferred: int = 256) -> int:
+    """The block size that so many elements with so many scales have; 0 if none fits. If several do, `preferred` or the least."""
+    return next((size for size in (preferred, *BLOCK_SIZES) if scale_count(elements, size) == scales), 0)
+
+
 def _check_tensor(tensor: Any, what: str) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{what} must be a torch.Tensor, not {type(tensor).__name__}; use torch.as_tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{what} has layout {tensor.layout}; pass {what}.to_dense()")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise TypeError(f"{what} is a {type(tensor).__name__}, whose values may lie elsewhere; pass {what}.as_subclass(torch.Tensor)")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{what} has dtype {tensor.dtype}; cast it to one of {', '.join(map(str, _DTYPES))}")
     if tensor.device.type != "cpu":
@@ -255,6 +285,12 @@ def _empty(tensor: torch.Tensor, code: str, size: int, axis: int | None) -> Quan
     return QuantizedTensor(codes, scales, code, tensor.dtype, size, axis)
 
 
+def _in_order(quantized: QuantizedTensor) -> torch.Tensor:
+    """The codes such that their memory is in the order of the blocks; somebody may have copied them."""
+    codes, axis = quantized.codes, quantized.axis
+    return codes.contiguous() if axis is None else codes.movedim(axis, 0).contiguous().movedim(0, axis)
+
+
 def _check_out(out: Any, tensor: torch.Tensor, code: str, size: int, axis: int | None) -> None:
     if not isinstance(out, QuantizedTensor):
         raise TypeError(f"out must be a QuantizedTensor, not {type(out).__name__}; pass what an earlier call returned")
@@ -265,6 +301,8 @@ def _check_out(out: Any, tensor: torch.Tensor, code: str, size: int, axis: int |
             raise ValueError(
                 f"out has {name} {actual!r}, but {expected!r} is needed; pass what an earlier call with these options returned"
             )
+    if out.codes.numel() and _in_order(out).data_ptr() != out.codes.data_ptr():  # a copy, whose writes would be lost
+        raise ValueError(f"the codes of out have strides {out.codes.stride()}; pass what an earlier call with these options returned")
 
 
 def _check_finite(scales: torch.Tensor, size: int) -> None:

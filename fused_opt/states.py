@@ -125,12 +125,13 @@ def format_of_new_states(rule: Rule, group: Group, index: int) -> Format:
     asked = asked_for(group, index)
     if asked is None:
         if rule.zero_states or param.grad is None:
-            return param.dtype
+            dtype: torch.dtype = param.dtype
+            return dtype
         return torch.promote_types(param.dtype, param.grad.dtype) if rule.l2(group) else param.grad.dtype
-    return format_asked_for(asked, group, index)
+    return format_asked_for(rule, asked, group, index)
 
 
-def format_asked_for(asked: Any, group: Group, index: int) -> Format:
+def format_asked_for(rule: Rule, asked: Any, group: Group, index: int) -> Format:
     """The format of states that `asked` (not None) means for a parameter; see `format_of_new_states`."""
     param = group["params"][index]
     _check_state_dtype(asked)
@@ -140,10 +141,12 @@ def format_asked_for(asked: Any, group: Group, index: int) -> Format:
                 f"state_dtype='int8' cannot be had for parameter {index} of its group, which has dtype {param.dtype}; it needs one of "
                 f"{', '.join(map(str, _PARAM_DTYPES_8BIT))}: cast it, or put it in a group with another state_dtype"
             )
-        small = param.numel() < _given(group, "min_8bit_size", MIN_8BIT_SIZE)
-        return torch.float32 if small else Blocks(_given(group, "block_size", BLOCK_SIZE))
+        if param.numel() < _given(group, "min_8bit_size", MIN_8BIT_SIZE) or not rule.takes_codes(group):
+            return torch.float32
+        return Blocks(_given(group, "block_size", BLOCK_SIZE))
     if not param.is_complex():
-        return asked  # type: ignore[no-any-return]
+        dtype: torch.dtype = asked
+        return dtype
     if asked not in _COMPLEX:
         names = ", ".join(map(str, _COMPLEX))
         raise ValueError(f"state_dtype={asked} has no complex counterpart, as a {param.dtype} parameter needs; use one of {names}, or None")

@@ -336,7 +336,7 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, 
     rule = optimizer._rule
     slots = rule.slots(group)
     batch: _cpu.Batch = kept.batches.get((index, slots)) or backend.module.Batch(
-        [(slot, scale_name(slot), slot in NON_NEGATIVE) for slot in slots], rule.counter
+        [(slot, scale_name(slot), slot in NON_NEGATIVE) for slot in slots], rule.counter, rule.takes_codes(group)
     )
     missing: Sequence[int] = ()
     declined: Sequence[tuple[int, str]] = ()

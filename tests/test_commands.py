@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -13,7 +16,7 @@ import pytest
 import torch
 
 import fused_opt
-from fused_opt import rules
+from fused_opt import cli, rules
 from fused_opt.bench import ulp
 from fused_opt.bench.exact_sample import COMPARED_STEPS, TOLERATED, ExactSample
 from fused_opt.bench.layouts import LAYOUTS
@@ -26,8 +29,19 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
-def command(*arguments: str, cwd: Path = TESTS) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "fused_opt", *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "fused_opt", *arguments], capture_output=True, text=True, cwd=TESTS, check=False)
+
+
+def run_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which saves the seconds of importing torch."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            status: Any = cli.main(arguments)
+        except SystemExit as exit_:
+            status = exit_.code
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), errors.getvalue())
 
 
 def run_code(code: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +62,7 @@ def test_readme_example_runs_and_explains_itself() -> None:
 
 
 def test_help_and_version() -> None:
-    assert all(name in command("--help").stdout for name in ("bench", "parity", "doctor", "demo"))
+    assert all(name in command("--help").stdout for name in ("bench", "parity", "doctor", "demo", "quality"))
     assert command("--version").stdout.strip().endswith(fused_opt.__version__)
     assert command().returncode == 2
 
@@ -60,23 +74,28 @@ def test_help_and_version() -> None:
         (("bench", "--optimizer", "lion"), "lion.*adamw"),
         (("bench", "--dtype", "int8"), "int8.*bfloat16"),
         (("bench", "--layout", "sparse"), "sparse.*permuted"),
+        (("bench", "--state", "int4"), "int4.*as-torch, int8"),
         (("bench", "--threads", "0"), "0 is out of range.*from 1"),
         (("parity", "--optimizer", "Lion"), "Lion.*AdamW"),
         (("parity", "--dtype", "int8"), "int8.*bfloat16"),
         (("parity", "--steps", "0"), "0"),
         (("demo", "--steps", "0"), "0"),
+        (("demo", "--state", "int4"), "int4.*int8"),
+        (("quality", "--seeds", "1"), "1 is out of range.*from 2"),
+        (("quality", "imagenet"), "imagenet.*digits"),
+        (("quality", "--optimizer", "lion"), "lion.*adamw"),
         (("train",), "train"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: tuple[str, ...], message: str) -> None:
-    result = command(*arguments)
+    result = run_here(*arguments)
     assert result.returncode == 2
     assert re.search(message, result.stderr, re.DOTALL), result.stderr
 
 
 def test_bench_writes_what_it_measured(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    result = command("bench", "rl", "--optimizer", "adamw", "--json", str(file))
+    result = run_here("bench", "rl", "--optimizer", "adamw", "--json", str(file))
     assert result.returncode == 0, result.stderr
     assert "adamw" in result.stdout
     (row,) = json.loads(file.read_text())["rows"]
@@ -92,7 +111,7 @@ def test_bench_measures_every_combination_that_is_asked_for(tmp_path: Path) -> N
     file = tmp_path / "bench.json"
     dtypes, layouts = ["bfloat16"], ["permuted", "gaps"]
     selection = ("--dtype", *dtypes, "--layout", *layouts, "--optimizer", "sgd")
-    result = command("bench", "rl", *selection, "--json", str(file))
+    result = run_here("bench", "rl", *selection, "--json", str(file))
     assert result.returncode == 0, result.stderr
     rows = json.loads(file.read_text())["rows"]
     assert [(row["dtype"], row["layout"]) for row in rows] == [(dtype, layout) for dtype in dtypes for layout in layouts]
@@ -103,23 +122,16 @@ def test_bench_measures_every_combination_that_is_asked_for(tmp_path: Path) -> N
         assert row["fastest"] not in row["wrong"]
 
 
-PLANTED_IDLE_STEP = """
-import sys, torch, fused_opt
-from fused_opt import cli
-if {ours}:
-    fused_opt.AdamW.step = lambda self: None
-else:
-    step = torch.optim.AdamW.step
-    torch.optim.AdamW.step = lambda self: None if self.defaults["fused"] else step(self)
-sys.exit(cli.main(["bench", "rl", "--optimizer", "adamw", "--json", {file!r}]))
-"""
-
-
 @pytest.mark.parametrize("wrong", ["ours", "fused"])
-def test_bench_finds_an_implementation_that_does_nothing(tmp_path: Path, wrong: str) -> None:
+def test_bench_finds_an_implementation_that_does_nothing(tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the fastest of all, and not called so."""
+    if wrong == "ours":
+        monkeypatch.setattr(fused_opt.AdamW, "step", lambda self: None)
+    else:
+        step = torch.optim.AdamW.step
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None if self.defaults["fused"] else step(self))
     file = tmp_path / "bench.json"
-    result = run_code(PLANTED_IDLE_STEP.format(ours=wrong == "ours", file=str(file)))
+    result = run_here("bench", "rl", "--optimizer", "adamw", "--json", str(file))
     assert result.returncode == (1 if wrong == "ours" else 0), result.stderr
     who = "fused_opt" if wrong == "ours" else "torch, fused"
     assert f"{who} is WRONG: rl adamw float32 contiguous" in result.stdout
@@ -189,7 +201,7 @@ def test_layouts_keep_the_values() -> None:
 
 def test_parity_holds_and_says_so(tmp_path: Path) -> None:
     file = tmp_path / "parity.json"
-    result = command("parity", "--optimizer", "SGD", "--steps", "2", "--json", str(file))
+    result = run_here("parity", "--optimizer", "SGD", "--steps", "2", "--json", str(file))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every bit is as promised" in result.stdout
     report = json.loads(file.read_text())
@@ -200,7 +212,7 @@ def test_parity_holds_and_says_so(tmp_path: Path) -> None:
 
 def test_parity_of_16_bits_counts_distances_from_the_exact_result(tmp_path: Path) -> None:
     file = tmp_path / "parity.json"
-    result = command("parity", "--optimizer", "AdamW", "--steps", "3", "--dtype", "bfloat16", "float16", "--json", str(file))
+    result = run_here("parity", "--optimizer", "AdamW", "--steps", "3", "--dtype", "bfloat16", "float16", "--json", str(file))
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads(file.read_text())["rows"]
     assert {row["dtype"] for row in rows} == {"bfloat16", "float16"}
@@ -214,30 +226,25 @@ def test_parity_of_16_bits_counts_distances_from_the_exact_result(tmp_path: Path
     assert any(row["exactness"]["ours"] < row["exactness"]["torchs"] for row in judged)
 
 
-PLANTED_ERROR = """
-import sys, torch
-from fused_opt import rules, cli
-import dataclasses
-from fused_opt.optimizers import SGD
-wrong = lambda group, step, fresh: (lambda flags, s: (flags, (*s[:-1], s[-1] * (1 + {error}))))(*rules._sgd_program(group, step, fresh))
-SGD._rule = dataclasses.replace(rules.SGD, program=wrong)
-sys.exit(cli.main(["parity", "--optimizer", "SGD", "--steps", "2", "--dtype", "{dtype}"]))
-"""
-
-
 @pytest.mark.parametrize(
     ("dtype", "error", "words"),
     [("float32", 1e-6, "instead of"), ("bfloat16", 0.05, "not within 1 ULP of the correctly rounded")],
 )
-def test_parity_reports_a_planted_error(dtype: str, error: float, words: str) -> None:
-    result = run_code(PLANTED_ERROR.format(dtype=dtype, error=error))
+def test_parity_reports_a_planted_error(dtype: str, error: float, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(group: rules.Group, step: float, fresh: bool) -> rules.Program:
+        flags, (*scalars, last) = rules.SGD.program(group, step, fresh)
+        return flags, (*scalars, last * (1 + error))
+
+    monkeypatch.setattr(fused_opt.SGD, "_rule", dataclasses.replace(rules.SGD, program=wrong))
+    result = run_here("parity", "--optimizer", "SGD", "--steps", "2", "--dtype", dtype)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "the promise is broken" in result.stdout
     assert words in result.stdout
 
 
 def test_demo_trains_both_and_draws(tmp_path: Path) -> None:
-    result = command("demo", "--steps", "4", "--batch-size", "2", "--json", str(tmp_path / "demo.json"), cwd=tmp_path)
+    files = ("--output", str(tmp_path / "demo.png"), "--json", str(tmp_path / "demo.json"))
+    result = run_here("demo", "--steps", "4", "--batch-size", "2", *files)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "identical bit for bit" in result.stdout
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -261,9 +268,9 @@ def test_doctor_works_on_a_broken_installation(missing: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
-def test_a_missing_extra_is_named_with_its_remedy(missing: str) -> None:
-    code = f"import sys; sys.modules[{missing!r}] = None; from fused_opt import cli; sys.exit(cli.main(['demo', '--steps', '1']))"
+@pytest.mark.parametrize(("missing", "name"), [("rich", "demo"), ("matplotlib", "demo"), ("sklearn", "quality")])
+def test_a_missing_extra_is_named_with_its_remedy(missing: str, name: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from fused_opt import cli; sys.exit(cli.main([{name!r}, '--steps', '1']))"
     result = run_code(code)
     assert result.returncode == 2
     assert missing in result.stderr

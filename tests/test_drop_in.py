@@ -41,7 +41,7 @@ def test_is_torchs_class_with_torchs_signature(name: str) -> None:
     torchs, own = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
     assert list(own.values())[: len(torchs)] == list(torchs.values())
     assert [(p.name, p.kind, p.default) for p in list(own.values())[len(torchs) :]] == [
-        ("state_dtype", inspect.Parameter.KEYWORD_ONLY, None)
+        (option, inspect.Parameter.KEYWORD_ONLY, None) for option in ("state_dtype", "block_size", "min_8bit_size")
     ]
     param = torch.nn.Parameter(torch.ones(1))
     assert ours([param]).defaults == theirs([param]).defaults

@@ -61,7 +61,7 @@ def test_a_forced_instruction_set_that_the_cpu_lacks_is_an_error(monkeypatch: py
         native_module._choose_isa({"scalar": True, "wide": False})
     for isa in set(ALL_ISAS) - set(SUPPORTED_ISAS):
         with pytest.raises(ValueError, match=f"cannot run {isa}"):
-            _cpu.Batch((), "").run("sgd", [], isa, 1)
+            _cpu.Batch((), "", True).run("sgd", [], isa, 1)
 
 
 def test_backend_torch_runs_torchs_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_a_torch_without_the_exchange_table_is_read_by_methods() -> None:
         "import torch, sys, pytest\n"
         "from fused_opt.native import native\n"
         "module = native().module; module.forget_exchange_table(); assert module.reader() == 'data_ptr'\n"
-        f"files = [{str(TESTS)!r} + '/' + name for name in ('test_drop_in.py', 'test_refusals.py')]\n"
+        f"files = [{str(TESTS)!r} + '/' + name for name in ('test_drop_in.py', 'test_refusals.py', 'test_int8_checkpoints.py')]\n"
         "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *files]))"
     )
     assert result.returncode == 0, result.stdout[-3000:]

@@ -38,8 +38,8 @@ def load_address(library: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def disassembly() -> tuple[list[Kernel], list[tuple[int, str]]]:
-    """Kernels by their address in the file, and every instruction of the extension with its address."""
+def disassembly() -> tuple[list[Kernel], list[tuple[int, str]], list[tuple[int, str]]]:
+    """Kernels by their address in the file, where each set's code starts, and every instruction of the extension with its address."""
     if shutil.which("objdump") is None:
         pytest.fail("objdump is missing: install binutils, which comes with the C++ compiler")
     module = native().module
@@ -47,7 +47,7 @@ def disassembly() -> tuple[list[Kernel], list[tuple[int, str]]]:
     kernels = sorted(((*rest, address - base) for *rest, address in module.kernel_addresses()), key=lambda k: k[-1])
     text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", module.__file__], capture_output=True, text=True, check=True).stdout
     instructions = [(int(m[1], 16), m[2]) for m in re.finditer(r"^\s*([0-9a-f]+):\t(.*)$", text, re.MULTILINE)]
-    return kernels, instructions
+    return kernels, sorted((address - base, isa) for isa, address in module.code_starts()), instructions
 
 
 def bodies(kernels: list[Kernel], instructions: list[tuple[int, str]]) -> dict[Kernel, list[str]]:
@@ -62,7 +62,7 @@ def bodies(kernels: list[Kernel], instructions: list[tuple[int, str]]) -> dict[K
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_every_kernel_uses_whole_registers(isa: str, disassembly) -> None:
-    kernels, instructions = disassembly
+    kernels, _, instructions = disassembly
     checked = 0
     for (name, rule, flags, stored, _), body in bodies(kernels, instructions).items():
         if name != isa:
@@ -77,8 +77,7 @@ def test_every_kernel_uses_whole_registers(isa: str, disassembly) -> None:
 
 def test_no_newer_instruction_outside_the_kernels_made_for_it(disassembly) -> None:
     """Code for AVX-512 that ran on the way to the dispatch, or in a shared inline function, would stop an older CPU."""
-    kernels, instructions = disassembly
-    sections = sorted((min(k[-1] for k in kernels if k[0] == isa), isa) for isa in REGISTER)
+    _, sections, instructions = disassembly
     starts = [start for start, _ in sections]
     vex = re.compile(r"v")  # every AVX instruction, also on xmm registers, and none of the baseline that a compiler emits
     evex = re.compile(r".*%(zmm\d+|k[0-7]|[xy]mm(1[6-9]|2\d|3[01]))\b")

@@ -13,19 +13,12 @@
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
 
-// Codes that are decoded or encoded together. The arithmetic is written for vectors of that many numbers, which the compiler makes of what
-// the processor has; gcc 12 would not do so by itself, because of the bytes.
-constexpr int64_t kGroup = 8;
-typedef float Floats __attribute__((vector_size(4 * kGroup)));
-typedef int32_t Ints __attribute__((vector_size(4 * kGroup)));
-typedef uint32_t Words __attribute__((vector_size(4 * kGroup)));
-
-template <class V>
-inline V load_group(const void* memory) {
-  V group;
-  __builtin_memcpy(&group, memory, sizeof group);
-  return group;
-}
+// The arithmetic is written for vectors of eight numbers, which the compiler makes of what the processor has; gcc 12 would not do so by
+// itself, because of the bytes. Two such vectors are decoded or encoded together.
+constexpr int64_t kLanes = 8, kGroup = 2 * kLanes;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 // What is added to the elements of a block, one after the other, before the fraction of their codes is cut off, as a 19-bit fraction of the
 // distance between two codes. One half: to the nearest. Otherwise a Weyl sequence, for stochastic rounding: where its start is uniform each
@@ -36,14 +29,14 @@ constexpr int kOffsetBits = 19;
 
 class Offsets {
  public:
-  explicit Offsets(Rounding rounding) : step_((uint32_t(kGroup) * rounding.step) << 18) {
+  explicit Offsets(Rounding rounding) : step_(uint32_t(kLanes) * 32 * rounding.step) {
     const Words lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-    next_ = lanes * (uint32_t(rounding.step) << 18) + ((uint32_t(rounding.first) << 18) + (16 << 13));
+    next_ = (lanes * rounding.step + rounding.first) * 32 + 16;
   }
 
-  // For the next kGroup elements.
+  // For the next kLanes elements.
   [[gnu::always_inline]] Words next() {
-    const Words offsets = next_ >> 13;
+    const Words offsets = next_ & ((1u << kOffsetBits) - 1);
     next_ += step_;
     return offsets;
   }
@@ -57,9 +50,9 @@ class Offsets {
 // read from the bits of that number as a float: exponent and the first four bits of the fraction. Evenly spaced near zero, else by 3 to 6%.
 template <bool kIsSigned>
 struct MuLaw {
-  static constexpr bool kSigned = kIsSigned;
-  static constexpr uint32_t kOne = 127u << 23, kSign = 1u << 31;
-  static constexpr float kMu = kSigned ? 247 : 63487;  // 1 + mu is 127 or 255 codes above 1
+  static constexpr bool kSigned = kIsSigned, kSignsApart = kIsSigned;
+  static constexpr uint32_t kSign = 1u << 31, kOne = 127u << 23, kZero = kOne >> kOffsetBits;  // kZero: what zero is encoded as
+  static constexpr float kMu = kSigned ? 247 : 63487;                                          // 1 + mu is 127 or 255 codes above 1
   static constexpr float kUnit = 1 / kMu;
   static_assert(kMu * kUnit == 1);
 
@@ -71,16 +64,16 @@ struct MuLaw {
     return kSigned ? Floats(Words(values) | (Words(codes) & kSign)) : values;
   }
 
+  // Magnitudes only.
   [[gnu::always_inline]] static Ints encode(Floats values, float inverse, Words offsets) {
-    const Floats z = Floats(Words(values) & ~kSign) * inverse + 1;
-    const Ints magnitudes = Ints((Words(z) - kOne + offsets) >> kOffsetBits), negative = Ints(values) >> 31;
-    return kSigned ? (magnitudes ^ negative) - negative : magnitudes;
+    return Ints((Words(Floats(kSigned ? Words(values) & ~kSign : Words(values)) * inverse + 1) + offsets) >> kOffsetBits);
   }
 };
 
 // Evenly spaced: code / 127.
 struct Linear {
-  static constexpr bool kSigned = true;
+  static constexpr bool kSigned = true, kSignsApart = false;
+  static constexpr uint32_t kZero = 0;
   static constexpr float kUnit = 1.0f / 127;
   static_assert(127 * kUnit == 1);
 
@@ -88,16 +81,24 @@ struct Linear {
 
   [[gnu::always_inline]] static Floats decode(Ints codes, float scale) { return __builtin_convertvector(codes, Floats) * kUnit * scale; }
 
-  // Rounded to an integer, ties to even, by adding a number whose last bit weighs 1.
+  // Rounded to an integer, ties to even, by adding a number whose last bit weighs 1. The offsets about one half are made smaller by 2^-10,
+  // so that the lowest is no tie.
   [[gnu::always_inline]] static Ints encode(Floats values, float inverse, Words offsets) {
     constexpr float kInteger = 12582912;
     constexpr int32_t kHalf = 1 << (kOffsetBits - 1), kIntegerBits = 0x4b400000;
-    const Floats moves = __builtin_convertvector(Ints(offsets) - kHalf, Floats) * (0.5f / kHalf);
+    const Floats moves = __builtin_convertvector(Ints(offsets) - (kHalf + 16), Floats) * ((1 - 0x1p-10f) / (2 * kHalf));
     return Ints(values * inverse + moves + kInteger) - kIntegerBits;
   }
 };
 
-// kGroup bytes to integers and back.
+template <class V>
+[[gnu::always_inline]] inline V load_lanes(const float* values) {
+  V lanes;
+  __builtin_memcpy(&lanes, values, sizeof lanes);
+  return lanes;
+}
+
+// Bytes to integers.
 template <bool kSigned>
 [[gnu::always_inline]] inline Ints widen(const uint8_t* codes) {
 #ifdef __AVX2__
@@ -105,30 +106,45 @@ template <bool kSigned>
   return Ints(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 #else
   Ints wide;
-  for (int64_t i = 0; i < kGroup; ++i) wide[i] = kSigned ? static_cast<int8_t>(codes[i]) : codes[i];
+  for (int64_t i = 0; i < kLanes; ++i) wide[i] = kSigned ? static_cast<int8_t>(codes[i]) : codes[i];
   return wide;
 #endif
 }
 
-template <bool kSigned>
-[[gnu::always_inline]] inline void narrow(Ints wide, uint8_t* codes) {
+// What Code::encode made of `values` to bytes.
+template <class Code>
+[[gnu::always_inline]] inline void narrow(Ints low, Ints high, const float* values, uint8_t* codes) {
 #ifdef __AVX2__
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(__m256i(wide)), _mm256_extracti128_si256(__m256i(wide), 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), kSigned ? _mm_packs_epi16(words, words) : _mm_packus_epi16(words, words));
+  __m256i words = _mm256_packs_epi32(__m256i(low), __m256i(high));
+  if (Code::kZero != 0) words = _mm256_sub_epi16(words, _mm256_set1_epi16(Code::kZero));
+  if (Code::kSignsApart) {
+    const __m256i signs = _mm256_packs_epi32(load_lanes<__m256i>(values), load_lanes<__m256i>(values + kLanes));
+    words = _mm256_sign_epi16(words, signs);
+  }
+  words = _mm256_permute4x64_epi64(words, 0xd8);
+  const __m128i first = _mm256_castsi256_si128(words), last = _mm256_extracti128_si256(words, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), Code::kSigned ? _mm_packs_epi16(first, last) : _mm_packus_epi16(first, last));
 #else
-  for (int64_t i = 0; i < kGroup; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
+  for (int64_t i = 0; i < kGroup; ++i) {
+    const int32_t code = (i < kLanes ? low[i] : high[i - kLanes]) - static_cast<int32_t>(Code::kZero);
+    codes[i] = static_cast<uint8_t>(Code::kSignsApart && bits_of(values[i]) >> 31 ? -code : code);
+  }
 #endif
 }
 
 template <class Code>
 [[gnu::always_inline]] inline void decode_group(const uint8_t* codes, float scale, float* values) {
-  const Floats group = Code::decode(widen<Code::kSigned>(codes), scale);
-  __builtin_memcpy(values, &group, sizeof group);
+  for (int64_t i = 0; i < kGroup; i += kLanes) {
+    const Floats lanes = Code::decode(widen<Code::kSigned>(codes + i), scale);
+    __builtin_memcpy(values + i, &lanes, sizeof lanes);
+  }
 }
 
 template <class Code>
-[[gnu::always_inline]] inline void encode_group(const float* values, float inverse, Words offsets, uint8_t* codes) {
-  narrow<Code::kSigned>(Code::encode(load_group<Floats>(values), inverse, offsets), codes);
+[[gnu::always_inline]] inline void encode_group(const float* values, float inverse, Offsets& offsets, uint8_t* codes) {
+  const Ints low = Code::encode(load_lanes<Floats>(values), inverse, offsets.next());
+  const Ints high = Code::encode(load_lanes<Floats>(values + kLanes), inverse, offsets.next());
+  narrow<Code>(low, high, values, codes);
 }
 
 }  // namespace

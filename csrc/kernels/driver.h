@@ -9,16 +9,20 @@ namespace {
 // Rule, for `count` elements in place, densely packed in the rule's own precision. The compiler vectorises the loop and makes its tail from
 // the same text, so an element's bits do not depend on where a vector, a tensor or a thread's share ends.
 //
-// With kMeasure, also the largest magnitude of each state's new values, as bits: done here it costs nothing, since the loop waits for
-// divisions.
+// With kMeasure, also what the codes of blocks need to know; it costs little here, since the loop waits for divisions.
+struct Measured {
+  uint32_t largest[kMaxStates] = {};  // magnitude of each state's new values, as bits
+  uint32_t param_sum = 0;             // of the bits of the parameter before the update
+};
+
 template <class Rule, bool kMeasure = false>
-[[gnu::always_inline]] inline void update_real(const Rule& rule, void* const* operands, int64_t count, uint32_t* largest = nullptr) {
+[[gnu::always_inline]] inline void update_real(const Rule& rule, void* const* operands, int64_t count, Measured* measured = nullptr) {
   using Real = typename Rule::Real;
   constexpr int kStates = Rule::kStates;
   void *const param = operands[kParam], *const grad = operands[kGrad];
   void *const s0 = operands[kFirstState], *const s1 = operands[kFirstState + 1], *const s2 = operands[kFirstState + 2];
 
-  uint32_t largest0 = 0, largest1 = 0, largest2 = 0;
+  uint32_t largest0 = 0, largest1 = 0, largest2 = 0, param_sum = 0;
   const auto measure = [](uint32_t& so_far, Real x) __attribute__((always_inline)) {
     if constexpr (kMeasure) {
       const uint32_t magnitude = bits_of(x) & 0x7fffffff;
@@ -30,6 +34,7 @@ template <class Rule, bool kMeasure = false>
 #pragma GCC unroll 1
   for (int64_t i = 0; i < count; ++i) {
     Real p = load<Real>(param, i);
+    if constexpr (kMeasure) param_sum += p == p ? bits_of(p) : 0;  // a NaN may have other bits on another processor
     Real state[3];
     if constexpr (kStates > 0) state[0] = load<Real>(s0, i);
     if constexpr (kStates > 1) state[1] = load<Real>(s1, i);
@@ -40,10 +45,7 @@ template <class Rule, bool kMeasure = false>
     if constexpr (kStates > 2) store(s2, i, state[2]), measure(largest2, state[2]);
     store(param, i, p);
   }
-  if constexpr (kMeasure) {
-    const uint32_t all[] = {largest0, largest1, largest2};
-    for (int k = 0; k < kStates; ++k) largest[k] = all[k];
-  }
+  if constexpr (kMeasure) *measured = {{largest0, largest1, largest2}, param_sum};
 }
 
 // A kernel for memory in the rule's own precision.

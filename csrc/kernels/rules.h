@@ -15,14 +15,18 @@
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
 
+// What 8-bit codes have to know of a state: whether it can be negative; and whether it is an average, whose small changes must count on
+// average, or a maximum, which by random rounding would only grow.
+enum StateKind { kAverage, kAverageOfSquares, kMaximumOfSquares };
+
 // Kingma & Ba 2015 (Adam), Reddi et al. 2018 (AMSGrad), Loshchilov & Hutter 2019 (AdamW: `keep` < 1 and no l2).
 template <class T, unsigned kFlags>
 struct Adam {
   using Real = T;
   static constexpr bool amsgrad = kFlags & adam::kAmsgrad;
   static constexpr bool l2 = kFlags & adam::kL2;
-  static constexpr int kStates = amsgrad ? 3 : 2;                        // exp_avg, exp_avg_sq, max_exp_avg_sq
-  static constexpr bool kNonNegative[kMaxStates] = {false, true, true};  // of the states
+  static constexpr int kStates = amsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr StateKind kKinds[kMaxStates] = {kAverage, kAverageOfSquares, kMaximumOfSquares};
 
   T sign, decay, keep, beta2, one_minus_beta2, sqrt_bias_correction2, eps, negative_step_size;
   Lerp<T> lerp;
@@ -60,7 +64,7 @@ struct RMSprop {
   static constexpr bool momentum = kFlags & rmsprop::kMomentum;
   static constexpr bool l2 = kFlags & rmsprop::kL2;
   static constexpr int kStates = 1 + centered + momentum;  // square_avg, [momentum_buffer], [grad_avg]
-  static constexpr bool kNonNegative[kMaxStates] = {true, false, false};
+  static constexpr StateKind kKinds[kMaxStates] = {kAverageOfSquares, kAverage, kAverage};
 
   T sign, decay, alpha, one_minus_alpha, eps, mu, negative_lr;
   Lerp<T> lerp;
@@ -106,7 +110,7 @@ struct SGD {
   static constexpr bool first = kFlags & sgd::kFirst;
   static constexpr bool l2 = kFlags & sgd::kL2;
   static constexpr int kStates = momentum ? 1 : 0;  // momentum_buffer
-  static constexpr bool kNonNegative[kMaxStates] = {false, false, false};
+  static constexpr StateKind kKinds[kMaxStates] = {kAverage};
 
   T sign, decay, mu, one_minus_dampening, negative_lr;
 

@@ -8,9 +8,15 @@
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
 
+// Centered RMSprop has none: its variance is the small difference of two states that are rounded by 3%.
+template <class Rule>
+constexpr bool takes_codes = Rule::kStates > 0;
+template <unsigned kFlags>
+constexpr bool takes_codes<RMSprop<float, kFlags>> = !RMSprop<float, kFlags>::centered;
+
 template <class Rule>
 constexpr Kernel blocks_kernel = [] {
-  if constexpr (Rule::kStates > 0)
+  if constexpr (takes_codes<Rule>)
     return update_blocks<Rule>;
   else
     return nullptr;

@@ -230,6 +230,98 @@ void check_codec(int precision, int format, const std::vector<Isa>& isas, Count&
   print_line(what, kFormatNames[format], count - before, hash);
 }
 
+constexpr int64_t kBlockSizes[] = {32, 256, 4096};
+
+// One kernel for states in 8-bit codes: whole tensors, since the last block of a shorter one has another scale.
+void check_blocks_kernel(const Rule& rule, unsigned flags, const std::vector<Isa>& isas, Count& count) {
+  if ((isas[0].table->*rule.kernels)[flags].blocks == nullptr) return;
+  const Layout& layout = kLayouts[0];
+  const Count before = count;
+  uint64_t hash = 0;
+  for (const int64_t block_size : kBlockSizes)
+    for (const int64_t length : kLengths) {
+      const int64_t blocks = (length + block_size - 1) / block_size;
+      std::vector<char> expected;
+      for (const Isa& isa : isas)
+        for (int placement = 0; placement < kPlacements; ++placement) {
+          std::vector<float> scales(kMaxStates * static_cast<size_t>(blocks));
+          for (size_t i = 0; i < scales.size(); ++i) scales[i] = 0.01f * static_cast<float>(i % 7);
+          memcpy(base(0, placement, 4), start[0], static_cast<size_t>(length) * 4);
+          for (int s = 0; s < kMaxStates; ++s)
+            for (int64_t i = 0; i < length; ++i)
+              base(1 + s, placement, 1)[i] = static_cast<char>(mix(static_cast<uint64_t>(i * kMaxStates + s)));
+          for (int step = 0; step < kSteps; ++step) {
+            for (int64_t i = 0; i < length; ++i) {  // finite ones: else all is NaN
+              uint64_t x = layout.read(grads[step], i);
+              if ((x >> 23 & 255) > 200) x &= ~(uint64_t(128) << 23);
+              layout.write(base(kArrays, placement, 4), i, x);
+            }
+            double scalars[32];
+            rule.scalars(step, scalars);
+            Run run = {};
+            run.count = length;
+            run.first = 0;
+            run.block_size = block_size;
+            run.operands[kParam] = base(0, placement, 4);
+            run.operands[kGrad] = base(kArrays, placement, 4);
+            for (int s = 0; s < kMaxStates; ++s) {
+              run.operands[kFirstState + s] = base(1 + s, placement, 1);
+              run.scales[s] = &scales[static_cast<size_t>(s * blocks)];
+            }
+            (isa.table->*rule.kernels)[flags].blocks(scalars, run);
+          }
+          std::vector<char> result;
+          for (int64_t i = 0; i < length; ++i) {
+            const uint64_t x = layout.read(base(0, placement, 4), i);
+            result.insert(result.end(), reinterpret_cast<const char*>(&x), reinterpret_cast<const char*>(&x) + 4);
+          }
+          for (int s = 0; s < kMaxStates; ++s) result.insert(result.end(), base(1 + s, placement, 1), base(1 + s, placement, 1) + length);
+          for (const float& scale : scales) {
+            const uint64_t x = layout.read(reinterpret_cast<const char*>(&scale), 0);
+            result.insert(result.end(), reinterpret_cast<const char*>(&x), reinterpret_cast<const char*>(&x) + 4);
+          }
+          if (expected.empty()) expected = result;
+          for (size_t i = 0; i < result.size(); ++i) count.compare(static_cast<uint8_t>(result[i]), static_cast<uint8_t>(expected[i]));
+        }
+      for (const char c : expected) hash = mix(hash ^ static_cast<uint8_t>(c));
+    }
+  char what[32];
+  snprintf(what, sizeof what, "%s flags %u", rule.name, flags);
+  print_line(what, "int8", count - before, hash);
+}
+
+// One code, both ways, to the nearest and stochastically, with magnitudes that need no care and some that do.
+void check_code(int code, const std::vector<Isa>& isas, Count& count) {
+  const Count before = count;
+  uint64_t hash = 0;
+  for (const float size : {1.0f, 1e-40f, 1e-30f, 1e30f})
+    for (const int64_t length : kLengths)
+      for (const bool stochastic : {false, true}) {
+        if (length > kMaxBlock) continue;
+        std::vector<float> values(static_cast<size_t>(length)), decoded(values.size()), first_decoded;
+        std::vector<uint8_t> codes(values.size()), first_codes;
+        for (size_t i = 0; i < values.size(); ++i) {
+          const double x = static_cast<double>(mix(i) >> 12) / static_cast<double>(uint64_t(1) << 52);
+          values[i] = size * static_cast<float>(x * x * (mix(i) & 1 && code != 2 ? -1 : 1));
+        }
+        for (const Isa& isa : isas) {
+          const BlockCodecs& codecs = *isa.table->block_codecs;
+          const uint32_t largest = codecs.largest_magnitude(values.data(), length);
+          const Rounding rounding = codecs.rounding_of(stochastic, 5, 1234567890123, largest);
+          codecs.at[code].encode(values.data(), length, largest, rounding, codes.data());
+          codecs.at[code].decode(codes.data(), codecs.scale_of(largest), decoded.data(), length);
+          if (&isa == &isas[0]) first_codes = codes, first_decoded = decoded;
+          for (size_t i = 0; i < values.size(); ++i) {
+            count.compare(codes[i], first_codes[i]);
+            count.compare(kLayouts[0].read(reinterpret_cast<const char*>(&decoded[i]), 0),
+                          kLayouts[0].read(reinterpret_cast<const char*>(&first_decoded[i]), 0));
+          }
+        }
+        for (const uint8_t c : first_codes) hash = mix(hash ^ c);
+      }
+  print_line("blocks in code", kCodeNames[code], count - before, hash);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -259,6 +351,10 @@ int main(int argc, char** argv) {
       for (unsigned flags = 0; flags < rule.flag_combinations; ++flags) check_kernel(rule, flags, format, isas, count);
     for (int precision = 0; precision < kPrecisions; ++precision) check_codec(precision, format, isas, count);
   }
+  make_data(kLayouts[0]);
+  for (const Rule& rule : kRules)
+    for (unsigned flags = 0; flags < rule.flag_combinations; ++flags) check_blocks_kernel(rule, flags, isas, count);
+  for (int code = 0; code < kCodes; ++code) check_code(code, isas, count);
   printf("%lld compared, %lld differing\n", count.compared, count.differing);
   return count.differing != 0;
 }
