@@ -22,7 +22,7 @@ from fused_opt.native import native
 
 HELP = "train models with states as in torch and in 8 bits, with several seeds, and compare losses and accuracies on held-out data"
 
-WIDTH = 120  # of the table, where the terminal is narrower: lines that wrap are better than columns cut off
+WIDTH = 130  # of the table, where the terminal is narrower: lines that wrap are better than columns cut off
 
 
 @dataclass(frozen=True)

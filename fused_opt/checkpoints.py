@@ -2,9 +2,11 @@
 
 A state in 8-bit codes is saved under torch's name as a dict:
 
-    {"version": 1, "code": "mulaw", "block_size": 256, "codes": int8 tensor, "scales": float32 tensor}
+    {"version": 1, "code": "mulaw", "block_size": 256, "codes": int8 tensor, "scales": float32 tensor, "order": [0, 1]}
 
-and not as bare codes, which torch.optim would take for moments if it was given such a checkpoint. (It fails on a dict.)
+and not as bare codes, which torch.optim would take for moments if it was given such a checkpoint. (It fails on a dict.) Blocks run over codes
+in the order of their memory, which file formats may not keep; so codes are saved with the dimensions in that order, and "order" says which
+dimension of the parameter each one is.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 
 from fused_opt.foreign import foreign_group_options, read_foreign
 from fused_opt.quantization import BLOCK_SIZES, block_size_of, decode, encode, scale_count
-from fused_opt.rules import NON_NEGATIVE, Group, Rule
+from fused_opt.rules import NON_NEGATIVE, SLOTS, Group, Rule
 from fused_opt.states import (
     STORAGE_OPTIONS,
     Blocks,
@@ -35,7 +37,7 @@ from fused_opt.states import (
 )
 
 VERSION = 1
-_KEYS = frozenset(("version", "code", "block_size", "codes", "scales"))
+_KEYS = frozenset(("version", "code", "block_size", "codes", "scales", "order"))
 
 
 def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +60,9 @@ def torch_state_dict(source: torch.optim.Optimizer | dict[str, Any]) -> dict[str
     state_dict = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
     states = {
         key: {
-            name: _dequantized(_read(value, f"state {name!r} of parameter {key}")) if isinstance(value, Mapping) else value
+            name: _dequantized(_read(value, f"state {name!r} of parameter {key}"))
+            if name in SLOTS and isinstance(value, Mapping)
+            else value
             for name, value in state.items()
         }
         for key, state in state_dict["state"].items()
@@ -124,10 +128,20 @@ def _saved_state(state: Any) -> Any:
         return state
     result = {}
     for name, value in state.items():
-        if is_codes(value) and scale_name(name) in state:
+        if name in SLOTS and is_codes(value) and scale_name(name) in state:
             scales = state[scale_name(name)]
             size = block_size_of(value.numel(), scales.numel())
-            result[name] = {"version": VERSION, "code": code_of(name), "block_size": size, "codes": value, "scales": scales}
+            order = sorted(range(value.dim()), key=lambda d: -value.stride(d))  # used at once
+            codes = value if value.is_contiguous() else value.permute(order)
+            order = list(range(value.dim())) if value.is_contiguous() else order
+            result[name] = {
+                "version": VERSION,
+                "code": code_of(name),
+                "block_size": size,
+                "codes": codes,
+                "scales": scales,
+                "order": order,
+            }
         else:
             result[name] = value
     scales_of_codes = {scale_name(name) for name, value in result.items() if isinstance(value, dict)}
@@ -136,13 +150,22 @@ def _saved_state(state: Any) -> Any:
 
 def _read(value: Mapping[str, Any], where: str) -> _Codes:
     version = value.get("version")
+    if "version" not in value or "codes" not in value:
+        raise ValueError(
+            f"{where} is a dict with the keys {sorted(map(str, value))}; 8-bit states have {sorted(_KEYS)}: it was not saved by fused_opt"
+        )
     if version != VERSION:
         raise ValueError(f"{where} is in 8-bit codes of version {version!r}, and this fused_opt reads version {VERSION}: update fused_opt")
     if set(value) != _KEYS:
         raise ValueError(
             f"{where} has the keys {sorted(map(str, value))}, but 8-bit states have {sorted(_KEYS)}; it was not saved by fused_opt"
         )
-    read = _Codes(value["codes"], value["scales"], value["code"], value["block_size"])
+    order, codes = value["order"], value["codes"]
+    if sorted(order) != list(range(codes.dim())):
+        raise ValueError(f"{where} has the order of dimensions {order}, but {codes.dim()} dimensions; the checkpoint is damaged")
+    read = _Codes(
+        codes.contiguous().permute([order.index(d) for d in range(codes.dim())]), value["scales"], value["code"], value["block_size"]
+    )
     slot_dtypes = {"mulaw": torch.int8, "unsigned_mulaw": torch.uint8}
     if read.code not in slot_dtypes:
         raise ValueError(f"{where} is in code {read.code!r}, and this fused_opt reads {', '.join(slot_dtypes)}: update fused_opt")
@@ -176,12 +199,24 @@ def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -
     result: dict[str, Any] = {}
     for name, value in state.items():
         where = f"state {name!r} of parameter {index} of its group"
-        if isinstance(value, Mapping):
+        if name not in SLOTS:  # the user's, and the counter
+            if name.removesuffix("_scale") not in SLOTS or not is_codes(state.get(name.removesuffix("_scale"))):
+                wider = isinstance(value, torch.Tensor) and name != "step" and _wider(value, group["params"][index])
+                result[name] = _Ready(value.to(group["params"][index].device)) if wider else value
+        elif is_codes(value):  # as `optimizer.state` has them
+            if scale_name(name) not in state:
+                raise ValueError(f"{where} has {value.dtype} codes, but there is no {scale_name(name)!r}; the checkpoint is damaged")
+            scales = state[scale_name(name)]
+            raw = _Codes(value, scales, code_of(name), block_size_of(value.numel(), scales.numel()))
+            if raw.block_size == 0 or value.dtype != code_dtype(name):
+                raise ValueError(f"{where} has {value.numel()} {value.dtype} codes and {scales.numel()} scales; the checkpoint is damaged")
+            result |= _converted(name, raw, _wanted(rule, group, index, raw), group["params"][index], where)
+        elif isinstance(value, Mapping):
             codes = _read(value, where)
             if codes.codes.dtype != code_dtype(name):
                 raise ValueError(f"{where} has code {codes.code!r}, but this state has {code_of(name)!r}; the checkpoint is damaged")
             result |= _converted(name, codes, _wanted(rule, group, index, codes), group["params"][index], where)
-        elif isinstance(value, torch.Tensor) and name != "step":
+        elif isinstance(value, torch.Tensor):
             result |= _converted(name, value, _wanted(rule, group, index, value), group["params"][index], where)
         else:
             result[name] = value
@@ -198,10 +233,15 @@ def _wanted(rule: Rule, group: Group, index: int, value: torch.Tensor | _Codes) 
         if not (value.is_floating_point() and param.is_floating_point()):
             return None
         if asked is None:
-            return value.dtype if value.dtype.itemsize > param.dtype.itemsize else None
+            return value.dtype if _wider(value, param) else None
     elif asked is None:
         return param.dtype if isinstance(group.get("state_dtype"), Mapping) else Blocks(value.block_size)
     return format_asked_for(rule, asked, group, index)
+
+
+def _wider(value: torch.Tensor, param: torch.Tensor) -> bool:
+    floats = value.is_floating_point() and param.is_floating_point()
+    return floats and value.dtype.itemsize > param.dtype.itemsize
 
 
 def _converted(name: str, value: torch.Tensor | _Codes, wanted: Format | None, param: torch.Tensor, where: str) -> dict[str, Any]:

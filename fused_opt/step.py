@@ -84,7 +84,11 @@ class FusedStep(torch.optim.Optimizer):
 
     def state_dict(self) -> StateDict:
         """As torch's. States in 8-bit codes stay so, each with version, code and block size: see `fused_opt.checkpoints`."""
-        return saved(super().state_dict())
+        handle = self.register_state_dict_post_hook(lambda _, state_dict: saved(state_dict), prepend=True)  # before those of the user
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As torch's. Also reads 8-bit states, those of bitsandbytes and torchao, too, and gives every state the format it is to have.

@@ -50,7 +50,7 @@ def run_code(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_readme_example_runs_and_explains_itself() -> None:
     examples = re.findall(r"<!-- test -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     code = "\n".join(examples)
     result = run_code(code, "-W", "error")
     assert result.returncode == 0, result.stderr
@@ -59,6 +59,7 @@ def test_readme_example_runs_and_explains_itself() -> None:
     isa = native().isa
     assert explanation[1].startswith(f"  group 0: 4 x float32 (1409 elements) by cpu-{isa}: ")
     assert explanation[0] in (ROOT / "README.md").read_text()
+    assert explanation[-1].startswith(f"{2**22 + 4 * 2**22 // 256} "), "bytes of codes and scales"
 
 
 def test_help_and_version() -> None:

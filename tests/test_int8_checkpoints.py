@@ -49,6 +49,7 @@ def copy_params(optimizer: Any, to: Any) -> None:
 
 
 def decoded(saved: dict[str, Any]) -> torch.Tensor:
+    assert saved["order"] == [0, 1]
     return dequantize_blockwise(
         fused_opt.QuantizedTensor(saved["codes"], saved["scales"], saved["code"], torch.float32, saved["block_size"])
     )
@@ -168,6 +169,7 @@ def test_patterns_and_sizes_decide_on_load_too() -> None:
 DAMAGES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("another version", {"version": 2}, "version 2, and this fused_opt reads version 1: update"),
     ("no version", {"version": None}, "version None"),
+    ("an order that is none", {"order": [0, 0]}, "order of dimensions"),
     ("another code", {"code": "quartic"}, "code 'quartic', and this fused_opt reads mulaw, unsigned_mulaw: update"),
     ("the other code", {"code": "unsigned_mulaw"}, "the checkpoint is damaged"),
     ("another block size", {"block_size": 128}, "25,.* scales; the checkpoint is damaged"),
@@ -206,6 +208,59 @@ def test_values_without_a_code_are_refused_and_nothing_is_changed(slot: str, val
     with pytest.raises(ValueError, match=f"state '{slot}' of parameter 0.*{message}"):
         ours.load_state_dict(theirs.state_dict())
     assert_same_state(ours, before)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_order_of_memory_is_saved_as_data(layout: torch.memory_format) -> None:
+    """File formats that know no strides, and models in another layout, read the same values."""
+    param = torch.nn.Parameter(torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(2)).to(memory_format=layout))
+    optimizer = fused_opt.AdamW8bit([param])
+    param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 0, 8)[:, None, None]
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"][0].values():
+        if isinstance(state, dict):
+            state["codes"] = state["codes"].contiguous()
+    values = fused_opt.torch_state_dict(optimizer)["state"][0]["exp_avg"]
+    other = torch.nn.Parameter(param.detach().contiguous())
+    for resumed in (fused_opt.AdamW8bit([other]), fused_opt.AdamW([other], state_dtype=torch.float32)):
+        resumed.load_state_dict(copy.deepcopy(saved))
+        assert torch.equal(fused_opt.torch_state_dict(resumed)["state"][0]["exp_avg"], values)
+        other.grad = param.grad
+        resumed.step()
+        assert resumed._last_ran is not None
+
+
+def test_states_as_the_optimizer_has_them_load_too() -> None:
+    optimizer = make("AdamW", {})
+    step(optimizer, gradients(2))
+    bare = torch.optim.Optimizer.state_dict(optimizer)
+    resumed = make("AdamW", {})
+    resumed.load_state_dict(copy.deepcopy(bare))
+    for param, other in zip(params_of(optimizer), params_of(resumed), strict=True):
+        for key, value in optimizer.state[param].items():
+            assert_same_bits(resumed.state[other][key], value, key)
+    del bare["state"][0]["exp_avg_scale"]
+    with pytest.raises(ValueError, match="there is no 'exp_avg_scale'"):
+        resumed.load_state_dict(bare)
+
+
+def test_hooks_see_what_is_saved_and_the_users_own_states_are_left_alone() -> None:
+    optimizer = make("AdamW", {})
+    step(optimizer, gradients(1))
+    own = {"ema": torch.randn(LARGE, generator=torch.Generator().manual_seed(1)), "info": {"a": 1}, "bound": torch.tensor(0.1234567)}
+    optimizer.state[params_of(optimizer)[0]].update(own)
+    seen: list[Any] = []
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: seen.append(state_dict))
+    saved = optimizer.state_dict()
+    assert seen[0]["state"][0]["exp_avg"]["version"] == 1
+    resumed = make("AdamW", {})
+    resumed.load_state_dict(saved)
+    state = resumed.state[params_of(resumed)[0]]
+    assert state["info"] == {"a": 1}
+    assert_same_bits(state["ema"], own["ema"])
+    assert_same_bits(state["bound"], own["bound"])
+    assert fused_opt.torch_state_dict(optimizer)["state"][0]["info"] == {"a": 1}
 
 
 def test_saving_shares_tensors_and_changes_nothing() -> None:
