@@ -4,9 +4,9 @@ A state in 8-bit codes is saved under torch's name as a dict:
 
     {"version": 1, "code": "mulaw", "block_size": 256, "codes": int8 tensor, "scales": float32 tensor, "order": [0, 1]}
 
-and not as bare codes, which torch.optim would take for moments if it was given such a checkpoint. (It fails on a dict.) Blocks run over codes
-in the order of their memory, which file formats may not keep; so codes are saved with the dimensions in that order, and "order" says which
-dimension of the parameter each one is.
+and not as bare codes, which torch.optim would take for moments if it was given such a checkpoint. (It fails on a dict.) Blocks run over
+codes in the order of their memory, which file formats may not keep; so codes are saved with the dimensions in that order, and "order" says
+which dimension of the parameter each one is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fused_opt.foreign import foreign_group_options, read_foreign
+from fused_opt.foreign import foreign_group_options, is_foreign, read_foreign
 from fused_opt.quantization import BLOCK_SIZES, block_size_of, decode, encode, scale_count
 from fused_opt.rules import NON_NEGATIVE, SLOTS, Group, Rule
 from fused_opt.states import (
@@ -81,12 +81,16 @@ def loading(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[None]:
     """
 
     def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        groups = [_merged(own, group, rule) for own, group in zip(optimizer.param_groups, state_dict["param_groups"], strict=False)]
+        foreign = any(map(is_foreign, state_dict["state"].values()))
+        groups = [
+            _merged(own, group, rule, foreign) for own, group in zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
+        ]
         states = dict(state_dict["state"])
         sizes = [[len(group["params"]) for group in some] for some in (optimizer.param_groups, state_dict["param_groups"])]
         if sizes[0] == sizes[1]:  # otherwise torch will say what is wrong
             for own, group in zip(optimizer.param_groups, groups, strict=True):
-                view = {**group, "params": own["params"], **({"param_names": own["param_names"]} if "param_names" in own else {})}
+                _check_names(own, group)
+                view = {**own, **group, "params": own["params"]}
                 for index, key in enumerate(group["params"]):
                     if key in states:
                         states[key] = _loaded_state(rule, view, index, states[key])
@@ -161,6 +165,8 @@ def _read(value: Mapping[str, Any], where: str) -> _Codes:
             f"{where} has the keys {sorted(map(str, value))}, but 8-bit states have {sorted(_KEYS)}; it was not saved by fused_opt"
         )
     order, codes = value["order"], value["codes"]
+    if not (isinstance(codes, torch.Tensor) and isinstance(value["scales"], torch.Tensor) and isinstance(value["code"], str)):
+        raise ValueError(f"{where} has codes and scales that are no tensors, or a code that is no name; the checkpoint is damaged")
     if sorted(order) != list(range(codes.dim())):
         raise ValueError(f"{where} has the order of dimensions {order}, but {codes.dim()} dimensions; the checkpoint is damaged")
     read = _Codes(
@@ -174,6 +180,10 @@ def _read(value: Mapping[str, Any], where: str) -> _Codes:
             f"{where} has {read.codes.dtype} codes, {read.scales.dtype} scales and blocks of {read.block_size!r}, but {read.code!r} has "
             f"{slot_dtypes[read.code]}, torch.float32 and one of {BLOCK_SIZES}; the checkpoint is damaged"
         )
+    if bool((read.scales < 0).any()):
+        raise ValueError(
+            f"{where} has a negative scale, {read.scales.min().item():g}, but scales are magnitudes; the checkpoint is damaged"
+        )
     if read.scales.shape != (scale_count(read.codes.numel(), read.block_size),):
         raise ValueError(
             f"{where} has {read.codes.numel()} codes in blocks of {read.block_size}, but {tuple(read.scales.shape)} scales; "
@@ -182,9 +192,19 @@ def _read(value: Mapping[str, Any], where: str) -> _Codes:
     return read
 
 
-def _merged(own: Group, group: Group, rule: Rule) -> Group:
+def _check_names(own: Group, group: Group) -> None:
+    theirs, ours = group.get("param_names"), own.get("param_names")
+    if isinstance(group.get("state_dtype"), Mapping) and theirs is not None and ours is not None and theirs != ours:
+        pairs = ", ".join(f"{a!r} for {b!r}" for a, b in zip(theirs, ours, strict=False) if a != b)
+        raise ValueError(
+            f"state_dtype={group['state_dtype']} goes by names, but the checkpoint has other names than this optimizer: {pairs}; "
+            "make the optimizer with the parameters in the checkpoint's order"
+        )
+
+
+def _merged(own: Group, group: Group, rule: Rule, foreign: bool) -> Group:
     """A saved group with options by torch's names, and with this optimizer's own wishes for its states."""
-    options = foreign_group_options(group, rule.name)
+    options = foreign_group_options(group, rule.name) if foreign else None
     if options is not None:
         group = {**own, **options, "params": group["params"]}
     check_storage_options(group)
@@ -249,6 +269,10 @@ def _converted(name: str, value: torch.Tensor | _Codes, wanted: Format | None, p
         return {name: value}
     made: State
     if isinstance(wanted, Blocks):
+        if isinstance(value, _Codes) and value.codes.shape != param.shape:
+            raise ValueError(
+                f"{where} has shape {tuple(value.codes.shape)}, its parameter {tuple(param.shape)}; load a state_dict of the same model"
+            )
         if isinstance(value, _Codes) and value.block_size == wanted.size:
             made = {name: value.codes, scale_name(name): value.scales}
         else:

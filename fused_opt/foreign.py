@@ -27,6 +27,13 @@ _TABLE_SIZE = 256
 _PIECE = 1 << 18  # values decoded at a time: temporaries of 1 MiB each, for parameters of any size
 
 
+def is_foreign(state: Any) -> bool:
+    """Whether one parameter's saved state has one of the formats that `read_foreign` reads."""
+    if not isinstance(state, dict):
+        return False
+    return _BNB_NESTED in state or not _BNB_KEYS.isdisjoint(state) or any(map(_is_torchao, state.values()))
+
+
 def read_foreign(state: dict[str, Any], slots: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
     """One parameter's saved state in torch's format, or None if it already has that format.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from fused_opt.native import native
@@ -67,7 +68,7 @@ class QuantizedTensor:
             what = f"has shape {tuple(original.shape)}" if is_tensor else f"is a {type(original).__name__}"
             raise ValueError(f"the original {what}, the codes have shape {tuple(self.shape)}; give the tensor that was quantized")
         exact = original.detach().to(torch.float64)
-        errors = (self.dequantize(torch.empty(self.shape)).to(torch.float64) - exact).abs_()
+        errors = (self.dequantize(torch.empty(self.shape, dtype=torch.float64, device="cpu")) - exact).abs_()
         if errors.numel() == 0:
             return QuantizationError(0.0, 0.0, 0.0)
         mean_square = float(errors.square().mean())
@@ -94,6 +95,7 @@ class QuantizationError:
 torch.serialization.add_safe_globals([QuantizedTensor])
 
 
+@_disable_dynamo  # torch.compile breaks its graph here: it cannot trace native code
 def quantize_blockwise(
     tensor: torch.Tensor,
     block_size: int | None = 256,
@@ -160,6 +162,7 @@ def quantize_blockwise(
     return made
 
 
+@_disable_dynamo
 def dequantize_blockwise(quantized: QuantizedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """The values that the codes stand for.
 
@@ -184,7 +187,7 @@ def dequantize_blockwise(quantized: QuantizedTensor, out: torch.Tensor | None = 
     if quantized.codes.dtype != _CODE_DTYPES[quantized.code]:
         raise TypeError(f"codes of {quantized.code!r} are {_CODE_DTYPES[quantized.code]}, not {quantized.codes.dtype}")
     if out is None:
-        out = torch.empty(quantized.shape, dtype=quantized.dtype)
+        out = torch.empty(quantized.shape, dtype=quantized.dtype, device="cpu")
     _check_tensor(out, "out")
     if out.shape != quantized.shape:
         raise ValueError(
@@ -278,10 +281,10 @@ def _elements_in_a_block(tensor: torch.Tensor, block_size: int | None, axis: int
 def _empty(tensor: torch.Tensor, code: str, size: int, axis: int | None) -> QuantizedTensor:
     """Codes whose memory is in the order of the blocks."""
     if axis is None:
-        codes = torch.empty(tensor.shape, dtype=_CODE_DTYPES[code])
+        codes = torch.empty(tensor.shape, dtype=_CODE_DTYPES[code], device="cpu")
     else:
-        codes = torch.empty(tensor.movedim(axis, 0).shape, dtype=_CODE_DTYPES[code]).movedim(0, axis)
-    scales = torch.empty(scale_count(tensor.numel(), size), dtype=torch.float32)
+        codes = torch.empty(tensor.movedim(axis, 0).shape, dtype=_CODE_DTYPES[code], device="cpu").movedim(0, axis)
+    scales = torch.empty(scale_count(tensor.numel(), size), dtype=torch.float32, device="cpu")
     return QuantizedTensor(codes, scales, code, tensor.dtype, size, axis)
 
 
@@ -335,7 +338,7 @@ def dynamic_table(signed: bool = True) -> torch.Tensor:
     """
     values = [0.0, 1.0]
     for k in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (k + (not signed)) + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (k + (not signed)) + 1, dtype=torch.float32, device="cpu")
         means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (k - 6)
         values += [*means.tolist(), *((-means).tolist() if signed else ())]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")

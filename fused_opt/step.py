@@ -167,6 +167,8 @@ def _extended(torch_init: Callable[..., None], default_state_dtype: str | None) 
             _complete_storage_options(own, default_state_dtype)
             torch_init(self, *args, **kwargs)
             for group in self.param_groups:
+                if not asks_for_8bit({**own, **group}):
+                    _refuse_8bit_options(group)
                 for name, value in own.items():
                     group.setdefault(name, value)
             if not any(asks_for_8bit(group) for group in self.param_groups):
