@@ -47,7 +47,7 @@ class Recipe:
 
 RECIPES = {
     "adamw": Recipe("AdamW", {}, 3e-3, 3e-3, weight_decay=0.1),
-    "rmsprop": Recipe("RMSprop", {}, 1e-3, 3e-3),
+    "rmsprop": Recipe("RMSprop", {}, 3e-3, 3e-3),
     "sgd-momentum": Recipe("SGD", {"momentum": 0.9}, 0.1, 0.1),
 }
 

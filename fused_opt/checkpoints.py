@@ -103,8 +103,12 @@ def loading(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[None]:
                     state[name] = value.tensor
 
     handles = [optimizer.register_load_state_dict_pre_hook(before), optimizer.register_load_state_dict_post_hook(after, prepend=True)]
+    state, param_groups = optimizer.state, optimizer.param_groups
     try:
         yield
+    except BaseException:  # torch may have put new ones in their place already
+        optimizer.__dict__.update(state=state, param_groups=param_groups)
+        raise
     finally:
         for handle in handles:
             handle.remove()

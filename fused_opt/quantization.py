@@ -155,6 +155,7 @@ def quantize_blockwise(
         _call("measure", tensor, made.codes, scales, size)
         _check_finite(scales, size)
         made.scales.copy_(scales)
+        increment_version(made.codes)  # for autograd, whose checks do not see our writes
         _call("quantize", tensor, made.codes, made.scales, size, _table_or_name(code), True, seed)
     else:
         _call("quantize", tensor, made.codes, made.scales, size, _table_or_name(code), False, seed)

@@ -18,7 +18,7 @@ Program = tuple[int, tuple[float, ...]]
 
 # All states that any of the rules has, beside the step counter.
 SLOTS = frozenset(("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "momentum_buffer", "grad_avg"))
-# States whose values are never negative, as `kNonNegative` in csrc/kernels/rules.h has it.
+# States whose values are never negative, as `kKinds` in csrc/kernels/rules.h has it.
 NON_NEGATIVE = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg"))
 
 AMSGRAD, ADAM_L2 = 1, 2

@@ -175,6 +175,8 @@ DAMAGES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("another block size", {"block_size": 128}, "25,.* scales; the checkpoint is damaged"),
     ("no block size", {"block_size": 100}, "blocks of 100"),
     ("codes of another dtype", {"codes": torch.zeros(LARGE)}, "has torch.float32 codes"),
+    ("negative scales", {"scales": torch.full((25,), -1.0)}, "negative scale"),
+    ("codes that are no tensor", {"codes": [1]}, "no tensors"),
     ("a key more", {"offset": 1}, "it was not saved by fused_opt"),
 )
 
@@ -229,6 +231,40 @@ def test_the_order_of_memory_is_saved_as_data(layout: torch.memory_format) -> No
         other.grad = param.grad
         resumed.step()
         assert resumed._last_ran is not None
+
+
+def test_a_load_that_torch_breaks_off_changes_nothing() -> None:
+    optimizer = make("AdamW", {})
+    step(optimizer, gradients(2))
+    before = copy.deepcopy(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 7.0
+    del saved["state"][0]["step"]
+    with pytest.raises(KeyError, match="step"):
+        optimizer.load_state_dict(saved)
+    assert_same_state(optimizer, before)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_options_that_an_old_checkpoint_lacks_are_filled_in() -> None:
+    theirs = make("Adam", {}, suffix="", module=torch.optim)
+    step(theirs, gradients(1))
+    saved = theirs.state_dict()
+    del saved["param_groups"][0]["amsgrad"]
+    ours = make("Adam", {})
+    ours.load_state_dict(saved)
+    step(ours, gradients(1))
+    assert ours._last_ran is not None
+
+
+def test_other_names_are_refused_where_formats_go_by_names() -> None:
+    def named(*names: str) -> Any:
+        params = [torch.nn.Parameter(torch.ones(70, 91)) for _ in names]
+        return fused_opt.AdamW8bit(zip(names, params, strict=True), state_dtype={"*embed*": torch.float32})
+
+    one, other = named("embed", "w"), named("w", "embed")
+    with pytest.raises(ValueError, match=r"'embed' for 'w'.*in the checkpoint's order"):
+        other.load_state_dict(one.state_dict())
 
 
 def test_states_as_the_optimizer_has_them_load_too() -> None:

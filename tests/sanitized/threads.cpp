@@ -105,9 +105,9 @@ class Problem {
       for (int k = 0; k < kMaxOperands; ++k) {
         infos[k] = matrices[k]->info();
         pointers[k] = &infos[k];
-        operands_.push_back({infos[k].data, matrices[k]->format});
+        operands_.push_back({infos[k].data, matrices[k]->format, nullptr});
       }
-      walks_.emplace_back(pointers, kMaxOperands);
+      walks_.emplace_back(pointers, kMaxOperands, kParam);
       Task task = {};
       task.walk = shapes[i].param.gap == 0 ? nullptr : &walks_[i];
       task.format = task.walk == nullptr ? own->format : precision == Precision::kSingle ? Format::kFloat32 : Format::kFloat64;
