@@ -47,7 +47,8 @@ class Recipe:
 
 RECIPES = {
     "adamw": Recipe("AdamW", {}, 3e-3, 3e-3, weight_decay=0.1),
-    "rmsprop": Recipe("RMSprop", {}, 3e-3, 3e-3),
+    # With 3e-3 the character model gets to 1.67 and not 1.82, but seeds differ by 0.09 and not by 0.01: too coarse to compare with.
+    "rmsprop": Recipe("RMSprop", {}, 1e-3, 3e-3),
     "sgd-momentum": Recipe("SGD", {"momentum": 0.9}, 0.1, 0.1),
 }
 
