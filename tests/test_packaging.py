@@ -47,7 +47,7 @@ def test_torch_is_the_only_requirement(wheel: Path) -> None:
     lines = archive.read(metadata).decode().splitlines()
     required = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in required] == ["torch"]
-    assert {line.split()[1] for line in lines if line.startswith("Provides-Extra:")} == {"triton", "bench", "test", "dev"}
+    assert {line.split()[1] for line in lines if line.startswith("Provides-Extra:")} == {"triton", "bench", "peers", "test", "dev"}
 
 
 def test_it_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
