@@ -124,7 +124,7 @@ void Batch::attach_scales(Candidate& candidate, int operand, const TensorInfo& c
   };
   const std::string name = PyUnicode_AsUTF8(slot.name);
   if (!is_codes(codes) || (k > 0) != (entry.block_size > 0)) refuse("some of its states are 8-bit codes and others are not");
-  if (entry.precision != Precision::kSingle && entry.operands[kParam].format == Format::kFloat64)
+  if (entry.operands[kParam].format == Format::kFloat64)
     refuse("its states are 8-bit codes, which needs float32, bfloat16 or float16, but it has " + describe(candidate.param));
   if ((codes.kind == 'u') != slot.non_negative)
     refuse("state '" + name + "' has " + describe(codes) + ", but its codes are " + (slot.non_negative ? "uint8" : "int8"));

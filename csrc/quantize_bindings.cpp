@@ -1,6 +1,5 @@
 // Quantization as Python calls it; see fused_opt/quantization.py for its use.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "bindings.h"
 #include "quantize.h"
@@ -97,7 +96,6 @@ void add_quantization(py::module_& m) {
       },
       py::arg("values"), py::arg("codes"), py::arg("scales"), py::arg("block_size"), py::arg("code"), py::arg("isa"),
       py::arg("max_threads"));
-  m.attr("codes") = std::vector<std::string>(kCodeNames, kCodeNames + kCodes);
 }
 
 }  // namespace fused_opt

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 compiler: str
-codes: list[str]
 
 def isas() -> list[tuple[str, bool]]: ...
 def reader() -> str: ...

@@ -60,7 +60,7 @@ def torch_state_dict(source: torch.optim.Optimizer | dict[str, Any]) -> dict[str
     state_dict = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
     states = {
         key: {
-            name: _dequantized(_read(value, f"state {name!r} of parameter {key}"))
+            name: _dequantized(_read(value, name, f"state {name!r} of parameter {key}"))
             if name in SLOTS and isinstance(value, Mapping)
             else value
             for name, value in state.items()
@@ -134,29 +134,28 @@ class _Codes:
 def _saved_state(state: Any) -> Any:
     if not isinstance(state, dict):
         return state
-    result = {}
-    for name, value in state.items():
-        if name in SLOTS and is_codes(value) and scale_name(name) in state:
-            scales = state[scale_name(name)]
-            size = block_size_of(value.numel(), scales.numel())
-            order = sorted(range(value.dim()), key=lambda d: -value.stride(d))  # used at once
-            codes = value if value.is_contiguous() else value.permute(order)
-            order = list(range(value.dim())) if value.is_contiguous() else order
-            result[name] = {
-                "version": VERSION,
-                "code": code_of(name),
-                "block_size": size,
-                "codes": codes,
-                "scales": scales,
-                "order": order,
-            }
-        else:
-            result[name] = value
-    scales_of_codes = {scale_name(name) for name, value in result.items() if isinstance(value, dict)}
-    return {name: value for name, value in result.items() if name not in scales_of_codes}
+    coded = [name for name in _coded_slots(state) if scale_name(name) in state]
+    result = {name: value for name, value in state.items() if name not in map(scale_name, coded)}
+    for name in coded:
+        codes, scales = state[name], state[scale_name(name)]
+        dims = range(codes.dim())
+        order = list(dims) if codes.is_contiguous() else sorted(dims, key=codes.stride, reverse=True)
+        result[name] = {
+            "version": VERSION,
+            "code": code_of(name),
+            "block_size": block_size_of(codes.numel(), scales.numel()),
+            "codes": codes if order == list(dims) else codes.permute(order),
+            "scales": scales,
+            "order": order,
+        }
+    return result
 
 
-def _read(value: Mapping[str, Any], where: str) -> _Codes:
+def _coded_slots(state: dict[str, Any]) -> list[str]:
+    return [name for name, value in state.items() if name in SLOTS and is_codes(value)]
+
+
+def _read(value: Mapping[str, Any], slot: str, where: str) -> _Codes:
     version = value.get("version")
     if "version" not in value or "codes" not in value:
         raise ValueError(
@@ -176,13 +175,12 @@ def _read(value: Mapping[str, Any], where: str) -> _Codes:
     read = _Codes(
         codes.contiguous().permute([order.index(d) for d in range(codes.dim())]), value["scales"], value["code"], value["block_size"]
     )
-    slot_dtypes = {"mulaw": torch.int8, "unsigned_mulaw": torch.uint8}
-    if read.code not in slot_dtypes:
-        raise ValueError(f"{where} is in code {read.code!r}, and this fused_opt reads {', '.join(slot_dtypes)}: update fused_opt")
-    if read.codes.dtype != slot_dtypes[read.code] or read.scales.dtype != torch.float32 or read.block_size not in BLOCK_SIZES:
+    if read.code != code_of(slot):
+        raise ValueError(f"{where} is in code {read.code!r}, and this fused_opt reads {code_of(slot)!r} there: update fused_opt")
+    if read.codes.dtype != code_dtype(slot) or read.scales.dtype != torch.float32 or read.block_size not in BLOCK_SIZES:
         raise ValueError(
             f"{where} has {read.codes.dtype} codes, {read.scales.dtype} scales and blocks of {read.block_size!r}, but {read.code!r} has "
-            f"{slot_dtypes[read.code]}, torch.float32 and one of {BLOCK_SIZES}; the checkpoint is damaged"
+            f"{code_dtype(slot)}, torch.float32 and one of {BLOCK_SIZES}; the checkpoint is damaged"
         )
     if bool((read.scales < 0).any()):
         raise ValueError(
@@ -221,12 +219,14 @@ def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -
     if foreign is not None:
         state = {name: value for name, value in foreign.items() if name != "step" or rule.counter}
     result: dict[str, Any] = {}
+    scales_of_codes = set(map(scale_name, _coded_slots(state)))
     for name, value in state.items():
+        if name in scales_of_codes:
+            continue
         where = f"state {name!r} of parameter {index} of its group"
         if name not in SLOTS:  # the user's, and the counter
-            if name.removesuffix("_scale") not in SLOTS or not is_codes(state.get(name.removesuffix("_scale"))):
-                wider = isinstance(value, torch.Tensor) and name != "step" and _wider(value, group["params"][index])
-                result[name] = _Ready(value.to(group["params"][index].device)) if wider else value
+            wider = isinstance(value, torch.Tensor) and name != "step" and _wider(value, group["params"][index])
+            result[name] = _Ready(value.to(group["params"][index].device)) if wider else value
         elif is_codes(value):  # as `optimizer.state` has them
             if scale_name(name) not in state:
                 raise ValueError(f"{where} has {value.dtype} codes, but there is no {scale_name(name)!r}; the checkpoint is damaged")
@@ -236,9 +236,7 @@ def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -
                 raise ValueError(f"{where} has {value.numel()} {value.dtype} codes and {scales.numel()} scales; the checkpoint is damaged")
             result |= _converted(name, raw, _wanted(rule, group, index, raw), group["params"][index], where)
         elif isinstance(value, Mapping):
-            codes = _read(value, where)
-            if codes.codes.dtype != code_dtype(name):
-                raise ValueError(f"{where} has code {codes.code!r}, but this state has {code_of(name)!r}; the checkpoint is damaged")
+            codes = _read(value, name, where)
             result |= _converted(name, codes, _wanted(rule, group, index, codes), group["params"][index], where)
         elif isinstance(value, torch.Tensor):
             result |= _converted(name, value, _wanted(rule, group, index, value), group["params"][index], where)

@@ -199,9 +199,7 @@ def _complete_storage_options(options: dict[str, Any], default_state_dtype: str 
 def _refuse_8bit_options(options: dict[str, Any]) -> None:
     for name in ("block_size", "min_8bit_size"):
         if name in options:
-            raise ValueError(
-                f"{name}={options[name]} has no effect, since no group has 8-bit states; pass state_dtype='int8', or leave it out"
-            )
+            raise ValueError(f"{name}={options[name]} has no effect without 8-bit states; pass state_dtype='int8', or leave it out")
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 import fused_opt
@@ -15,6 +16,9 @@ from fused_opt.native import native
 _ISAS: dict[str, bool] = dict(native().module.isas()) if native().module else {}
 ALL_ISAS = list(_ISAS)
 SUPPORTED_ISAS = [name for name, supported in _ISAS.items() if supported]
+
+# Skips where param.grad_dtype, which lets a gradient have another dtype (torch 2.13), does not exist.
+needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
 
 CLASSES = ("Adam", "AdamW", "RMSprop", "SGD")
 

@@ -11,10 +11,9 @@ import torch
 
 import fused_opt
 from fused_opt.bench.rounding import correctly_rounded
-from helpers import SUPPORTED_ISAS, assert_same_bits
+from helpers import SUPPORTED_ISAS, assert_same_bits, needs_grad_dtype
 
 SHORT = (torch.bfloat16, torch.float16)
-needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
 
 
 def all_numbers(dtype: torch.dtype) -> torch.Tensor:

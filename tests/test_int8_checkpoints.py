@@ -170,8 +170,8 @@ DAMAGES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("another version", {"version": 2}, "version 2, and this fused_opt reads version 1: update"),
     ("no version", {"version": None}, "version None"),
     ("an order that is none", {"order": [0, 0]}, "order of dimensions"),
-    ("another code", {"code": "quartic"}, "code 'quartic', and this fused_opt reads mulaw, unsigned_mulaw: update"),
-    ("the other code", {"code": "unsigned_mulaw"}, "the checkpoint is damaged"),
+    ("another code", {"code": "quartic"}, "code 'quartic', and this fused_opt reads 'mulaw' there: update"),
+    ("the other code", {"code": "unsigned_mulaw"}, "reads 'mulaw' there"),
     ("another block size", {"block_size": 128}, "25,.* scales; the checkpoint is damaged"),
     ("no block size", {"block_size": 100}, "blocks of 100"),
     ("codes of another dtype", {"codes": torch.zeros(LARGE)}, "has torch.float32 codes"),
@@ -284,7 +284,12 @@ def test_states_as_the_optimizer_has_them_load_too() -> None:
 def test_hooks_see_what_is_saved_and_the_users_own_states_are_left_alone() -> None:
     optimizer = make("AdamW", {})
     step(optimizer, gradients(1))
-    own = {"ema": torch.randn(LARGE, generator=torch.Generator().manual_seed(1)), "info": {"a": 1}, "bound": torch.tensor(0.1234567)}
+    own = {
+        "info_scale": 2.0,
+        "ema": torch.randn(LARGE, generator=torch.Generator().manual_seed(1)),
+        "info": {"a": 1},
+        "bound": torch.tensor(0.1234567),
+    }
     optimizer.state[params_of(optimizer)[0]].update(own)
     seen: list[Any] = []
     optimizer.register_state_dict_post_hook(lambda _, state_dict: seen.append(state_dict))
@@ -293,7 +298,7 @@ def test_hooks_see_what_is_saved_and_the_users_own_states_are_left_alone() -> No
     resumed = make("AdamW", {})
     resumed.load_state_dict(saved)
     state = resumed.state[params_of(resumed)[0]]
-    assert state["info"] == {"a": 1}
+    assert (state["info"], state["info_scale"]) == ({"a": 1}, 2.0)
     assert_same_bits(state["ema"], own["ema"])
     assert_same_bits(state["bound"], own["bound"])
     assert fused_opt.torch_state_dict(optimizer)["state"][0]["info"] == {"a": 1}

@@ -18,7 +18,7 @@ from fused_opt import QuantizedTensor
 from fused_opt.bench.cases import CASES, Case
 from fused_opt.quantization import BLOCK_SIZES, decode, encode, step_seeds
 from fused_opt.rules import NON_NEGATIVE
-from helpers import SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, ours, params_of, run_steps
+from helpers import SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, needs_grad_dtype, ours, params_of, run_steps
 from layouts import SHAPES, Layout, layouts
 from pairs import nothing_changes
 
@@ -27,7 +27,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATEFUL = [case for case in CASES if "centered" not in case.options and (case.optimizer != "SGD" or "momentum" in case.options)]
 INT8: dict[str, Any] = {"state_dtype": "int8", "min_8bit_size": 0}
 SHORT = (Case("AdamW"), Case("RMSprop", {"momentum": 0.9}), Case("SGD", {"momentum": 0.9}))
-needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
 
 
 def code_of(slot: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+
 CODE = """
 import sys, torch, fused_opt
 from fused_opt.bench.machine import peak_memory
@@ -26,12 +28,10 @@ def peak_mib(module: str, optimizer: str) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "RMSprop", "SGD"])
 def test_a_step_allocates_nothing_of_a_parameters_size(optimizer: str) -> None:
     assert peak_mib("fused_opt", optimizer) < 4
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_the_measure_sees_such_an_allocation() -> None:
     assert peak_mib("torch", "RMSprop") > 60

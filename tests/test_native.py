@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fused_opt
-from fused_opt import _cpu
+from fused_opt import _cpu, rules
 from fused_opt import native as native_module
 from fused_opt.native import native
 from helpers import ALL_ISAS, SUPPORTED_ISAS, assert_same_bits
@@ -134,3 +134,15 @@ def test_import_costs_little() -> None:
     assert result.stdout.strip() == "['fused_opt']"
     assert "fused_opt.AdamW" in run_python("import fused_opt; print(fused_opt.AdamW)").stdout.replace("optimizers.", "")
     assert "no attribute 'Adamw'" in run_python("import fused_opt; fused_opt.Adamw").stderr
+
+
+def test_both_sides_agree_on_which_rules_take_codes() -> None:
+    """A state that Python makes 8-bit and the kernels do not take would have no kernel."""
+    flags = {
+        rule: {f for _, name, f, stored, _ in _cpu.kernel_addresses() if (name, stored) == (rule, "int8")}
+        for rule in ("adam", "rmsprop", "sgd")
+    }
+    assert flags["adam"] == set(range(4))
+    assert flags["rmsprop"] == {f for f in range(8) if not f & rules.CENTERED}
+    assert flags["sgd"] == {f for f in range(16) if f & rules.SGD_MOMENTUM}
+    assert [rules.RMSPROP.takes_codes({"centered": centered}) for centered in (False, True)] == [True, False]

@@ -6,15 +6,16 @@
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
 
-// Rule, for `count` elements in place, densely packed in the rule's own precision. The compiler vectorises the loop and makes its tail from
-// the same text, so an element's bits do not depend on where a vector, a tensor or a thread's share ends.
-//
-// With kMeasure, also what the codes of blocks need to know; it costs little here, since the loop waits for divisions.
+// What the codes of blocks need to know of an update.
 struct Measured {
   uint32_t largest[kMaxStates] = {};  // magnitude of each state's new values, as bits
   uint32_t param_sum = 0;             // of the bits of the parameter before the update
 };
 
+// Rule, for `count` elements in place, densely packed in the rule's own precision. The compiler vectorises the loop and makes its tail from
+// the same text, so an element's bits do not depend on where a vector, a tensor or a thread's share ends.
+//
+// With kMeasure it also fills `measured`, which costs little here, since the loop waits for divisions.
 template <class Rule, bool kMeasure = false>
 [[gnu::always_inline]] inline void update_real(const Rule& rule, void* const* operands, int64_t count, Measured* measured = nullptr) {
   using Real = typename Rule::Real;
