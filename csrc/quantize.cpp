@@ -10,6 +10,9 @@
 namespace fused_opt {
 namespace {
 
+// Results of so many elements are written past the caches, which they would fill: 32 MiB. (64M values: 1.4 times as fast.)
+constexpr int64_t kStreamed = int64_t(1) << 23;
+
 // A block, or a part of a longer one, that passes through scratch memory at once.
 struct Piece {
   int64_t block, number, first, count;  // `number` among all pieces, `first` element
@@ -31,6 +34,9 @@ void for_each_piece(const Quantized& q, int max_threads, F f) {
       const int64_t first = start + number % parts * kMaxBlock, last = std::min(start + q.block_size, q.count);
       if (first < last) f(Piece{block, number, first, std::min(kMaxBlock, last - first)}, scratch);
     }
+#ifdef __x86_64__
+    __builtin_ia32_sfence();  // what was streamed is seen by the other threads
+#endif
   });
 }
 
@@ -56,12 +62,6 @@ const float* read(const Quantized& q, const Isa& isa, const Piece& piece, float*
     codec.decode(stored, stride, real, count);
   });
   return scratch;
-}
-
-uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
 }
 
 // With a table no arithmetic gives the code, so it is looked up: the entry at or below the value, or the next one.
@@ -96,20 +96,20 @@ void quantize(const Quantized& q, bool measured, const Seeds& seeds, const Isa& 
   for_each_piece(q, max_threads, [&](const Piece& piece, float* scratch) {
     const float* const values = read(q, isa, piece, scratch);
     float& scale = q.scales[piece.block];
-    const uint32_t largest = measured ? bits_of(scale) : codecs.largest_magnitude(values, piece.count);
-    if (!measured) scale = codecs.scale_of(largest);
-    const Rounding rounding =
-        codecs.rounding_of(seeds.stochastic, seeds.of_blocks ? seeds.of_blocks[piece.block] : seeds.all, piece.number, largest);
+    if (!measured) scale = codecs.scale_of(codecs.largest_magnitude(values, piece.count));
+    const uint64_t seed = seeds.of_blocks ? seeds.of_blocks[piece.block] : seeds.all;
+    const Rounding rounding = codecs.rounding_of(seeds.stochastic, seed, piece.number);
     uint8_t* const codes = q.codes + piece.first;
     if (q.table)
       encode_by_table(q.table, values, piece.count, scale, rounding, codes);
     else
-      codecs.at[static_cast<int>(q.code)].encode(values, piece.count, largest, rounding, codes);
+      codecs.at[static_cast<int>(q.code)].encode(values, piece.count, scale, rounding, codes);
   });
 }
 
 void dequantize(const Quantized& q, const Isa& isa, int max_threads) {
   const BlockCodec& codec = isa.kernels->block_codecs->at[static_cast<int>(q.code)];
+  const bool stream = in_place(q) && q.count >= kStreamed;
   for_each_piece(q, max_threads, [&](const Piece& piece, float* scratch) {
     float* const values = in_place(q) ? values_at(q, piece.first) : scratch;
     const uint8_t* const codes = q.codes + piece.first;
@@ -117,7 +117,7 @@ void dequantize(const Quantized& q, const Isa& isa, int max_threads) {
     if (q.table)
       for (int64_t i = 0; i < piece.count; ++i) values[i] = q.table[codes[i]] * scale;
     else
-      codec.decode(codes, scale, values, piece.count);
+      codec.decode(codes, scale, values, piece.count, stream);
     if (!in_place(q))
       transfer(q, isa, piece, scratch, [](const Codec& to, void* stored, int64_t stride, const float* real, int64_t count) {
         to.encode(real, stored, stride, count);

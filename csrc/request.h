@@ -62,15 +62,15 @@ struct Rounding {
 
 // Between the codes of a block and its values, kMaxBlock at the most.
 struct BlockCodec {
-  void (*decode)(const uint8_t* codes, float scale, float* values, int64_t count);
-  void (*encode)(const float* values, int64_t count, uint32_t largest, Rounding rounding, uint8_t* codes);
+  void (*decode)(const uint8_t* codes, float scale, float* values, int64_t count, bool stream);  // `stream`: past the caches
+  void (*encode)(const float* values, int64_t count, float scale, Rounding rounding, uint8_t* codes);
 };
 
 struct BlockCodecs {
   BlockCodec at[kCodes];
   uint32_t (*largest_magnitude)(const float* values, int64_t count);  // as bits
   float (*scale_of)(uint32_t largest);
-  Rounding (*rounding_of)(bool stochastic, uint64_t seed, int64_t block, uint32_t largest);
+  Rounding (*rounding_of)(bool stochastic, uint64_t seed, int64_t block);
 };
 
 struct KernelTable {

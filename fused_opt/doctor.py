@@ -305,9 +305,10 @@ def _try_coded_optimizer(report: Report, torch: Any, name: str) -> str:
         reference = getattr(fused_opt, plain_name)([other], lr=0.1, **OPTIMIZERS[plain_name])
         reference.load_state_dict(copy.deepcopy(fused_opt.torch_state_dict(optimizer)))  # loading shares step counters
         param.grad, other.grad = grad, grad
-        seeds = step_seeds(param, BLOCK_SIZE)
+        before = param.detach().clone()
         optimizer.step()
         reference.step()
+        seeds = step_seeds(before, reference.state[other][row.states[0][0]], BLOCK_SIZE)
         pairs = {"parameter": (param.detach(), other.detach())}
         for slot, _ in row.states:
             codes, scales = (optimizer.state[param][name] for name in (slot, scale_name(slot)))

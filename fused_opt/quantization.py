@@ -107,8 +107,8 @@ def quantize_blockwise(
 ) -> QuantizedTensor:
     """Represent each value by one byte, relative to the largest magnitude of its block.
 
-    Zero is kept exactly, and so is a block's largest magnitude (by "dynamic" only if it is positive). With x relative to that magnitude
-    (from -1 to 1), a value differs from what its code stands for by at most
+    Zero is kept exactly, and so is a block's largest magnitude (by "dynamic" only if it is positive; by mu-law but for the last two bits).
+    With x relative to that magnitude (from -1 to 1), a value differs from what its code stands for by at most
 
     - "linear": 1/254 (code / 127; scale / 127 is the distance between two codes).
     - "mulaw": (|x| + 1/247) / 32: evenly spaced near zero, else by 3 to 6% of the value. Mu-law companding as in ITU-T G.711, mu = 247.
@@ -117,7 +117,8 @@ def quantize_blockwise(
     - "dynamic", "unsigned_dynamic": half the distance between two entries of the table `dynamic_table` (Dettmers 2015,
       https://arxiv.org/abs/1511.04561), which is that of bitsandbytes. Slower.
 
-    and by at most twice that where a `seed` asks for stochastic rounding.
+    and by at most twice that where a `seed` asks for stochastic rounding. Codes are no finer than where the smallest of them above zero stands
+    for 2^-126, mu-law for 2^-130: so where a block's largest magnitude is below 127, 247 or 63487 times 2^-126 (7e-34), x is relative to that.
 
     Args:
         tensor: float32, float64, bfloat16 or float16, of any shape and strides, on the CPU. It is read as float32.
@@ -125,7 +126,7 @@ def quantize_blockwise(
         axis: the dimension along which each index has a scale of its own, as for the output channels of a weight; `block_size` is not used.
         code: the meaning of the codes, see above.
         seed: round up or down at random, such that the result is right on average, instead of to the nearest. An integer from 0 to
-            2**64 - 1. The result depends on the seed, the values and their places, not on the number of threads or the processor.
+            2**64 - 1. The draw depends on the seed and the value's place, not on the number of threads or the processor.
         out: what an earlier call with a tensor of the same shape and the same options returned; it is overwritten and returned.
 
     Raises:
@@ -214,17 +215,25 @@ def encode(
     _call("quantize", _plain(tensor), codes, scales, block_size, _table_or_name(code), False, seeds)
 
 
-def step_seeds(param: torch.Tensor, block_size: int) -> torch.Tensor:
-    """The seeds with which a step rounds 8-bit states: of each block, the sum of the bits of its parameters before the step, as
-    float32 and without NaN.
+def step_seeds(param: torch.Tensor, state: torch.Tensor, block_size: int) -> torch.Tensor:
+    """The seeds with which a step rounds 8-bit states, one for each block: above, the bits of the largest magnitude of the first state after
+    the step; below, twice the sum of the bits of the parameters before it, as float32.
 
     Args:
         param: the elements in the order of the blocks.
+        state: of the parameter's first state, likewise.
     """
-    values = param.detach().reshape(-1).to(torch.float32)
-    bits = values.view(torch.int32).to(torch.int64).masked_fill(values.isnan(), 0)
-    padded = torch.nn.functional.pad(bits, (0, -len(bits) % block_size))
-    return padded.view(-1, block_size).sum(1) & 0xFFFFFFFF
+
+    def bits_in_blocks(values: torch.Tensor) -> torch.Tensor:
+        bits = values.detach().reshape(-1).to(torch.float32).view(torch.int32).to(torch.int64)
+        return torch.nn.functional.pad(bits, (0, -len(bits) % block_size)).view(-1, block_size)
+
+    if not param.numel():
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    largest = bits_in_blocks(state.detach().abs()).amax(1)
+    of_nan = 0x7FC00000
+    largest = largest.masked_fill(largest >= 0x7F800000, of_nan)
+    return largest << 32 | (2 * bits_in_blocks(param).sum(1)) & 0xFFFFFFFF
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, code: str | torch.Tensor, block_size: int, out: torch.Tensor) -> None:

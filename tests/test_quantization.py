@@ -42,11 +42,13 @@ class Code:
     Attributes:
         levels: the numbers from -1 to 1 that the codes stand for, ascending from the code `first` on.
         bound: of the distance between a number from -1 to 1 and what its code stands for, without a seed.
+        least_scale: blocks whose largest magnitude is less have codes relative to it.
     """
 
     first: int
     levels: torch.Tensor
     bound: Callable[[torch.Tensor], torch.Tensor]
+    least_scale: float = 0.0
 
     @property
     def signed(self) -> bool:
@@ -78,10 +80,13 @@ DYNAMIC, UNSIGNED_DYNAMIC = dynamic_levels(True), dynamic_levels(False)
 SMALLEST = 1 / (16 * 63487)  # of the unsigned mu-law code: what is positive is rounded up to it, however little it is
 
 CODES = {
-    "linear": Code(-127, torch.arange(-127, 128, dtype=torch.float64) / 127, lambda x: torch.full_like(x, 1 / 254)),
-    "mulaw": Code(-127, mulaw_levels(-127, 127, 247), lambda x: (x.abs() + 1 / 247) / 32),
+    "linear": Code(-127, torch.arange(-127, 128, dtype=torch.float64) / 127, lambda x: torch.full_like(x, 1 / 254), 127 * 2.0**-126),
+    "mulaw": Code(-127, mulaw_levels(-127, 127, 247), lambda x: (x.abs() + 1 / 247) / 32, 247 * 2.0**-126),
     "unsigned_mulaw": Code(
-        0, mulaw_levels(0, 255, 63487), lambda x: torch.where((x > 0) & (x < SMALLEST / 2), SMALLEST - x, (x + 1 / 63487) / 32)
+        0,
+        mulaw_levels(0, 255, 63487),
+        lambda x: torch.where((x > 0) & (x < SMALLEST / 2), SMALLEST - x, (x + 1 / 63487) / 32),
+        63487 * 2.0**-126,
     ),
     "dynamic": Code(0, DYNAMIC, half_the_distance_between(DYNAMIC)),
     "unsigned_dynamic": Code(0, UNSIGNED_DYNAMIC, half_the_distance_between(UNSIGNED_DYNAMIC)),
@@ -128,7 +133,8 @@ def check(x: torch.Tensor, q: QuantizedTensor, seeded: bool = False) -> None:
 
     places = in_blocks(q.codes, q.axis).long() - code.first
     assert bool(((places >= 0) & (places < len(code.levels))).all()), "a code that stands for nothing"
-    meant, scales = code.levels[places], q.scales.double().repeat_interleave(size)[: len(flat)]
+    largest = q.scales.double().repeat_interleave(size)[: len(flat)]
+    meant, scales = code.levels[places], largest.clamp(min=code.least_scale)
     decoded = in_blocks(dequantize_blockwise(q, torch.empty(x.shape)), q.axis)
     # 4 roundings of decoding at the most; a subnormal number is rounded to a multiple of 2^-149.
     assert bool(((decoded.double() - meant * scales).abs() <= meant.abs() * scales * 2**-22 + 2**-149).all())
@@ -146,8 +152,11 @@ def check(x: torch.Tensor, q: QuantizedTensor, seeded: bool = False) -> None:
     assert bool((places[never_zero] > 0).all()), "a positive value became zero"
 
     assert bool((decoded[flat == 0] == 0).all())
-    exact = (flat.abs() == scales) & ((flat >= 0) | (q.code != "dynamic"))
-    assert_same_bits(decoded[exact] + 0.0, flat[exact] + 0.0, "largest magnitudes")
+    kept = (flat.abs() == largest) & (largest >= code.least_scale) & ((flat >= 0) | (q.code != "dynamic"))
+    if q.code.endswith("mulaw"):
+        assert bool(((decoded[kept].double() - flat[kept]).abs() <= scales[kept] * 2**-22).all()), "largest magnitudes"
+    else:
+        assert_same_bits(decoded[kept] + 0.0, flat[kept] + 0.0, "largest magnitudes")
 
 
 # --- which values, of which dtype, shape and size ---
@@ -224,7 +233,7 @@ def test_what_was_dequantized_has_the_same_codes(example: Example, seed: int | N
     assume(not bool(((decoded.abs() < 1e-37) & (decoded != 0)).any()))  # subnormal: there are not as many of them as codes
     again = quantize_blockwise(decoded, **{**example.options, "seed": seed})
     assert torch.equal(again.codes, q.codes)
-    assert_same_bits(again.scales, q.scales)
+    assert_same_bits(again.dequantize(), decoded)
 
 
 @every_code
@@ -264,6 +273,7 @@ def test_flushing_subnormal_numbers(code: str, flush_denormal: Callable[[bool], 
     assert torch.equal(q_half.codes, expected.codes)
     assert_same_bits(q_half.scales, expected.scales)
     scales = q.scales.double().repeat_interleave(32)
+    scales = scales.clamp(min=CODES[code].least_scale)
     bound = CODES[code].bound(torch.where(scales > 0, x.double() / scales, 0.0)) * scales
     assert bool(((decoded.double() - x.double()).abs() <= bound * 1.001 + 2**-126).all())
 
@@ -358,8 +368,8 @@ def test_random_rounding_is_right_on_average(code: str) -> None:
     def limit(means: int, samples: int) -> float:
         return math.sqrt(math.log(2 * means / ERROR_RATE) / (2 * samples))
 
-    exact = (x.abs() == x.abs().amax(1, keepdim=True)) & (errors == 0)
-    assert int(exact.sum()) >= blocks
+    as_good_as_kept = (errors * gap).abs() <= x.abs() * (2**-22 if code.endswith("mulaw") else 0)
+    assert int(((x.abs() == x.abs().amax(1, keepdim=True)) & as_good_as_kept).sum()) >= blocks
     assert float(errors.abs().max()) <= limit(blocks * size, seeds)
     assert float(errors.mean(0).abs().max()) <= limit(size, blocks * seeds)
 

@@ -4,21 +4,10 @@
 // code decodes to exactly the scale. Encoding what was decoded gives the same code, however it is rounded.
 #pragma once
 
-#ifdef __AVX2__
-#include <immintrin.h>  // its functions are never emitted on their own, so no copy of them can be shared with other code
-#endif
-
-#include "codec.h"
+#include "lanes.h"
 
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
-
-// The arithmetic is written for vectors of eight numbers, which the compiler makes of what the processor has; gcc 12 would not do so by
-// itself, because of the bytes. Two such vectors are decoded or encoded together.
-constexpr int64_t kLanes = 8, kGroup = 2 * kLanes;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 // What is added to the elements of a block, one after the other, before the fraction of their codes is cut off, as a 19-bit fraction of the
 // distance between two codes. One half: to the nearest. Otherwise a Weyl sequence, for stochastic rounding: where its start is uniform each
@@ -30,15 +19,18 @@ constexpr int kOffsetBits = 19;
 class Offsets {
  public:
   explicit Offsets(Rounding rounding) : step_(uint32_t(kLanes) * 32 * rounding.step) {
-    const Words lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    Words lanes;
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = static_cast<uint32_t>(i);
     next_ = (lanes * rounding.step + rounding.first) * 32 + 16;
   }
 
-  // For the next kLanes elements.
-  [[gnu::always_inline]] Words next() {
-    const Words offsets = next_ & ((1u << kOffsetBits) - 1);
-    next_ += step_;
-    return offsets;
+  // For the next kGroup elements.
+  [[gnu::always_inline]] void next(Words* offsets) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) {
+      offsets[v] = next_ & ((1u << kOffsetBits) - 1);
+      next_ += step_;
+    }
   }
 
  private:
@@ -46,27 +38,46 @@ class Offsets {
   const uint32_t step_;
 };
 
+constexpr uint32_t kSign = 1u << 31, kInfinity = 0x7f800000;
+constexpr float kSmallestNormal = 0x1p-126f;
+
+// A code is written for vectors. It has:
+//   unit(scale), inverse(scale)           what decode and encode multiply with; NaN if the scale is not finite
+//   decode(codes, unit)                   `codes` in the upper bytes of words
+//   encode(values, inverse, offset)       to kZero for zero, kZero + 1 for the next code..., without the sign if kSignsApart
+
 // Mu-law companding as in telephony (ITU-T G.711): the logarithm of 1 + mu |x|, linear between powers of two, 16 codes to each. So it is
 // read from the bits of that number as a float: exponent and the first four bits of the fraction. Evenly spaced near zero, else by 3 to 6%.
+//
+// x is a multiple of the unit, scale / mu: so decoding is one fused multiply-add, and encoding another. A unit's last bit is 0: then that
+// of what the top code stands for, mu units rounded to float, is the same one. It is a normal number, and mu units are finite.
 template <bool kIsSigned>
 struct MuLaw {
   static constexpr bool kSigned = kIsSigned, kSignsApart = kIsSigned;
-  static constexpr uint32_t kSign = 1u << 31, kOne = 127u << 23, kZero = kOne >> kOffsetBits;  // kZero: what zero is encoded as
-  static constexpr float kMu = kSigned ? 247 : 63487;                                          // 1 + mu is 127 or 255 codes above 1
-  static constexpr float kUnit = 1 / kMu;
-  static_assert(kMu * kUnit == 1);
+  static constexpr uint32_t kOne = 127u << 23, kZero = kOne >> kOffsetBits;
+  static constexpr float kMu = kSigned ? 247 : 63487;  // 1 + mu is 127 or 255 codes above 1
+  static constexpr float kLargestUnit = kSigned ? 0x1.0953fp+120f : 0x1.08432p+112f;
 
-  static float inverse(float scale) { return kMu / scale; }
+  static float unit(float scale) {
+    const float exact = scale / kMu, unit = float_of((bits_of(exact) + 1) & ~1u);
+    if (!(scale - scale == 0)) return float_of(0x7fc00000);
+    return unit < kSmallestNormal ? kSmallestNormal : unit > kLargestUnit ? kLargestUnit : unit;
+  }
 
-  [[gnu::always_inline]] static Floats decode(Ints codes, float scale) {
+  static float inverse(float scale) {
+    const float inverse = kMu / scale;
+    return inverse > 1 / kSmallestNormal ? 1 / kSmallestNormal : inverse;
+  }
+
+  [[gnu::always_inline]] static Floats decode(Ints codes, float unit) {
     const Ints magnitudes = kSigned ? (codes < 0 ? -codes : codes) : codes;
-    const Floats values = (Floats((magnitudes << kOffsetBits) + kOne) - 1) * kUnit * scale;
+    const Floats values = fma(Floats((Words(magnitudes) >> (24 - kOffsetBits)) + kOne), unit, spread(-unit));
     return kSigned ? Floats(Words(values) | (Words(codes) & kSign)) : values;
   }
 
-  // Magnitudes only.
-  [[gnu::always_inline]] static Ints encode(Floats values, float inverse, Words offsets) {
-    return Ints((Words(Floats(kSigned ? Words(values) & ~kSign : Words(values)) * inverse + 1) + offsets) >> kOffsetBits);
+  [[gnu::always_inline]] static Words encode(Floats values, float inverse, Words offsets) {
+    const Floats magnitudes = kSigned ? Floats(Words(values) & ~kSign) : values;
+    return (Words(fma(magnitudes, inverse, spread(1))) + offsets) >> kOffsetBits;
   }
 };
 
@@ -77,74 +88,91 @@ struct Linear {
   static constexpr float kUnit = 1.0f / 127;
   static_assert(127 * kUnit == 1);
 
-  static float inverse(float scale) { return 127 / scale; }
+  static float unit(float scale) {
+    if (!(scale - scale == 0)) return float_of(0x7fc00000);
+    return scale < 127 * kSmallestNormal ? 127 * kSmallestNormal : scale;
+  }
 
-  [[gnu::always_inline]] static Floats decode(Ints codes, float scale) { return __builtin_convertvector(codes, Floats) * kUnit * scale; }
+  static float inverse(float scale) { return 127 / unit(scale); }
+
+  [[gnu::always_inline]] static Floats decode(Ints codes, float unit) {
+    return __builtin_convertvector(codes >> 24, Floats) * kUnit * unit;
+  }
 
   // Rounded to an integer, ties to even, by adding a number whose last bit weighs 1. The offsets about one half are made smaller by 2^-10,
   // so that the lowest is no tie.
-  [[gnu::always_inline]] static Ints encode(Floats values, float inverse, Words offsets) {
+  [[gnu::always_inline]] static Words encode(Floats values, float inverse, Words offsets) {
     constexpr float kInteger = 12582912;
     constexpr int32_t kHalf = 1 << (kOffsetBits - 1), kIntegerBits = 0x4b400000;
     const Floats moves = __builtin_convertvector(Ints(offsets) - (kHalf + 16), Floats) * ((1 - 0x1p-10f) / (2 * kHalf));
-    return Ints(values * inverse + moves + kInteger) - kIntegerBits;
+    return Words(Ints(values * inverse + moves + kInteger) - kIntegerBits);
   }
 };
 
-template <class V>
-[[gnu::always_inline]] inline V load_lanes(const float* values) {
-  V lanes;
-  __builtin_memcpy(&lanes, values, sizeof lanes);
-  return lanes;
-}
+// Where the bytes go: in groups of four, the last of each is the next one, and the rest is zero.
+struct Places {
+  alignas(64) char at[4 * kLanes] = {};
+  constexpr Places() {
+    for (int i = 0; i < 4 * kLanes; ++i) at[i] = static_cast<char>(i % 4 == 3 ? i / 4 : -1);
+  }
+};
+constexpr Places kPlaces;
 
-// Bytes to integers.
-template <bool kSigned>
+// Bytes to the upper bytes of words. (Masks of ones here and below: gcc 12 warns of the intrinsics without.)
 [[gnu::always_inline]] inline Ints widen(const uint8_t* codes) {
-#ifdef __AVX2__
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
-  return Ints(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#if defined(__AVX512BW__)
+  return Ints(_mm512_shuffle_epi8(_mm512_maskz_broadcast_i32x4(0xffff, load_lanes<__m128i>(codes)), load_lanes<__m512i>(kPlaces.at)));
+#elif defined(__AVX2__)
+  return Ints(_mm256_shuffle_epi8(_mm256_set1_epi64x(load<int64_t>(codes, 0)), load_lanes<__m256i>(kPlaces.at)));
 #else
-  Ints wide;
-  for (int64_t i = 0; i < kLanes; ++i) wide[i] = kSigned ? static_cast<int8_t>(codes[i]) : codes[i];
-  return wide;
+  return Ints(__builtin_convertvector(load_lanes<Bytes>(codes), Words) << 24);
 #endif
 }
 
-// What Code::encode made of `values` to bytes.
+// What Code::encode made of `values`, to bytes.
 template <class Code>
-[[gnu::always_inline]] inline void narrow(Ints low, Ints high, const float* values, uint8_t* codes) {
-#ifdef __AVX2__
-  __m256i words = _mm256_packs_epi32(__m256i(low), __m256i(high));
-  if (Code::kZero != 0) words = _mm256_sub_epi16(words, _mm256_set1_epi16(Code::kZero));
+[[gnu::always_inline]] inline GroupOfBytes narrow(const Words* encoded, const float* values) {
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+  const auto pack = [](__m256i a, __m256i b) { return _mm256_sub_epi16(_mm256_packs_epi32(a, b), _mm256_set1_epi16(Code::kZero)); };
+  const __m256i low = pack(__m256i(encoded[0]), __m256i(encoded[1])), high = pack(__m256i(encoded[2]), __m256i(encoded[3]));
+  __m256i bytes = Code::kSigned ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
   if (Code::kSignsApart) {
-    const __m256i signs = _mm256_packs_epi32(load_lanes<__m256i>(values), load_lanes<__m256i>(values + kLanes));
-    words = _mm256_sign_epi16(words, signs);
+    __m256i v[kVectors];
+    for (int64_t i = 0; i < kVectors; ++i) v[i] = load_lanes<__m256i>(values + i * kLanes);
+    bytes = _mm256_sign_epi8(bytes, _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3])));
   }
-  words = _mm256_permute4x64_epi64(words, 0xd8);
-  const __m128i first = _mm256_castsi256_si128(words), last = _mm256_extracti128_si256(words, 1);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), Code::kSigned ? _mm_packs_epi16(first, last) : _mm_packus_epi16(first, last));
+  return GroupOfBytes(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));  // packed within halves
 #else
-  for (int64_t i = 0; i < kGroup; ++i) {
-    const int32_t code = (i < kLanes ? low[i] : high[i - kLanes]) - static_cast<int32_t>(Code::kZero);
-    codes[i] = static_cast<uint8_t>(Code::kSignsApart && bits_of(values[i]) >> 31 ? -code : code);
+  Words codes[kVectors];
+  for (int64_t i = 0; i < kVectors; ++i) {
+    codes[i] = encoded[i] - Code::kZero;
+    if (Code::kSignsApart) codes[i] = load_lanes<Ints>(values + i * kLanes) < 0 ? -codes[i] : codes[i];
   }
+#ifdef __AVX512BW__
+  const auto bytes = [](Words x) { return _mm512_maskz_cvtepi32_epi8(0xffff, __m512i(x)); };
+  return GroupOfBytes(_mm256_set_m128i(bytes(codes[1]), bytes(codes[0])));
+#else
+  GroupOfBytes bytes;
+  for (int64_t i = 0; i < kGroup; ++i) bytes[i] = static_cast<uint8_t>(codes[i / kLanes][i % kLanes]);
+  return bytes;
+#endif
 #endif
 }
 
-template <class Code>
-[[gnu::always_inline]] inline void decode_group(const uint8_t* codes, float scale, float* values) {
+template <class Code, bool kStream = false>
+[[gnu::always_inline]] inline void decode_group(const uint8_t* codes, float unit, float* values) {
   for (int64_t i = 0; i < kGroup; i += kLanes) {
-    const Floats lanes = Code::decode(widen<Code::kSigned>(codes + i), scale);
-    __builtin_memcpy(values + i, &lanes, sizeof lanes);
+    const Floats lanes = Code::decode(widen(codes + i), unit);
+    kStream ? stream_lanes(values + i, lanes) : store_lanes(values + i, lanes);
   }
 }
 
 template <class Code>
-[[gnu::always_inline]] inline void encode_group(const float* values, float inverse, Offsets& offsets, uint8_t* codes) {
-  const Ints low = Code::encode(load_lanes<Floats>(values), inverse, offsets.next());
-  const Ints high = Code::encode(load_lanes<Floats>(values + kLanes), inverse, offsets.next());
-  narrow<Code>(low, high, values, codes);
+[[gnu::always_inline]] inline GroupOfBytes encode_group(const float* values, float inverse, const Words* offsets) {
+  Words encoded[kVectors];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kVectors; ++i) encoded[i] = Code::encode(load_lanes<Floats>(values + i * kLanes), inverse, offsets[i]);
+  return narrow<Code>(encoded, values);
 }
 
 }  // namespace

@@ -6,47 +6,31 @@
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
 
-// What the codes of blocks need to know of an update.
-struct Measured {
-  uint32_t largest[kMaxStates] = {};  // magnitude of each state's new values, as bits
-  uint32_t param_sum = 0;             // of the bits of the parameter before the update
-};
-
 // Rule, for `count` elements in place, densely packed in the rule's own precision. The compiler vectorises the loop and makes its tail from
 // the same text, so an element's bits do not depend on where a vector, a tensor or a thread's share ends.
-//
-// With kMeasure it also fills `measured`, which costs little here, since the loop waits for divisions.
-template <class Rule, bool kMeasure = false>
-[[gnu::always_inline]] inline void update_real(const Rule& rule, void* const* operands, int64_t count, Measured* measured = nullptr) {
+template <class Rule>
+[[gnu::always_inline]] inline void update_real(const Rule& rule, void* const* operands, int64_t count) {
   using Real = typename Rule::Real;
   constexpr int kStates = Rule::kStates;
   void *const param = operands[kParam], *const grad = operands[kGrad];
   void *const s0 = operands[kFirstState], *const s1 = operands[kFirstState + 1], *const s2 = operands[kFirstState + 2];
 
-  uint32_t largest0 = 0, largest1 = 0, largest2 = 0, param_sum = 0;
-  const auto measure = [](uint32_t& so_far, Real x) __attribute__((always_inline)) {
-    if constexpr (kMeasure) {
-      const uint32_t magnitude = bits_of(x) & 0x7fffffff;
-      so_far = magnitude > so_far ? magnitude : so_far;
-    }
-  };
-
 #pragma GCC ivdep  // arrays either coincide exactly or do not overlap (Batch sees to it), so no iteration depends on another
 #pragma GCC unroll 1
   for (int64_t i = 0; i < count; ++i) {
     Real p = load<Real>(param, i);
-    if constexpr (kMeasure) param_sum += p == p ? bits_of(p) : 0;  // a NaN may have other bits on another processor
     Real state[3];
     if constexpr (kStates > 0) state[0] = load<Real>(s0, i);
     if constexpr (kStates > 1) state[1] = load<Real>(s1, i);
     if constexpr (kStates > 2) state[2] = load<Real>(s2, i);
-    rule(p, load<Real>(grad, i), state);
-    if constexpr (kStates > 0) store(s0, i, state[0]), measure(largest0, state[0]);
-    if constexpr (kStates > 1) store(s1, i, state[1]), measure(largest1, state[1]);
-    if constexpr (kStates > 2) store(s2, i, state[2]), measure(largest2, state[2]);
+    const Real g = rule.gradient(p, load<Real>(grad, i));
+    rule.accumulate(g, state);
+    rule.move(p, g, state);
+    if constexpr (kStates > 0) store(s0, i, state[0]);
+    if constexpr (kStates > 1) store(s1, i, state[1]);
+    if constexpr (kStates > 2) store(s2, i, state[2]);
     store(param, i, p);
   }
-  if constexpr (kMeasure) *measured = {{largest0, largest1, largest2}, param_sum};
 }
 
 // A kernel for memory in the rule's own precision.

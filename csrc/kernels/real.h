@@ -1,5 +1,5 @@
 // Memory access, and the operations of the arithmetic contract that C++ leaves to the compiler: a fused multiply-add that rounds once, a
-// correctly rounded square root, a maximum that keeps NaN, and lerp. Builtins only: an inline function of the standard library compiled
+// correctly rounded square root and a maximum that keeps NaN. Builtins only: an inline function of the standard library compiled
 // here for AVX-512 could be the copy that the linker keeps for everybody, and an older CPU would then fault on it.
 #pragma once
 
@@ -41,17 +41,6 @@ inline T max_keep_nan(T a, T b) {
   const T larger = a > b ? a : b;  // b if a is NaN
   return a != a ? a : larger;
 }
-
-// As Tensor.lerp_(end, weight), which switches formula at one half so that weight 1 gives `end` exactly.
-template <class T>
-struct Lerp {
-  T coefficient;
-  bool from_end;
-
-  explicit Lerp(T weight) : coefficient(weight < T(0.5) ? weight : weight - T(1)), from_end(!(weight < T(0.5))) {}
-
-  T operator()(T start, T end) const { return fma(coefficient, end - start, from_end ? end : start); }
-};
 
 }  // namespace
 }  // namespace fused_opt::FUSED_OPT_ISA

@@ -306,10 +306,10 @@ void check_code(int code, const std::vector<Isa>& isas, Count& count) {
         }
         for (const Isa& isa : isas) {
           const BlockCodecs& codecs = *isa.table->block_codecs;
-          const uint32_t largest = codecs.largest_magnitude(values.data(), length);
-          const Rounding rounding = codecs.rounding_of(stochastic, 5, 1234567890123, largest);
-          codecs.at[code].encode(values.data(), length, largest, rounding, codes.data());
-          codecs.at[code].decode(codes.data(), codecs.scale_of(largest), decoded.data(), length);
+          const float scale = codecs.scale_of(codecs.largest_magnitude(values.data(), length));
+          const Rounding rounding = codecs.rounding_of(stochastic, 5, 1234567890123);
+          codecs.at[code].encode(values.data(), length, scale, rounding, codes.data());
+          codecs.at[code].decode(codes.data(), scale, decoded.data(), length, stochastic);
           if (&isa == &isas[0]) first_codes = codes, first_decoded = decoded;
           for (size_t i = 0; i < values.size(); ++i) {
             count.compare(codes[i], first_codes[i]);

@@ -52,7 +52,12 @@ fixed_addresses=$(setarch -R true 2>/dev/null && echo "setarch -R") || true
 for kind in openmp forked; do
   "$clang" -fopenmp -fsanitize=thread ./*.o $kind/parallel.o -o $kind/threads || broken "does not link"
   for fault in shared twice; do
-    $fixed_addresses $kind/threads $fault >log.txt 2>&1 && broken "$kind: the planted race '$fault' was not reported"
+    # ThreadSanitizer remembers the last four accesses to a word only, so that on a busy machine it can miss one.
+    attempts=10
+    while $fixed_addresses $kind/threads $fault >log.txt 2>&1; do
+      attempts=$((attempts - 1))
+      [ $attempts -gt 0 ] || broken "$kind: the planted race '$fault' was not reported"
+    done
     grep -q 'SUMMARY: ThreadSanitizer: data race .* fused_opt::scalar::' log.txt ||
       { cat log.txt >&2; broken "$kind: the planted race '$fault' ended otherwise"; }
   done

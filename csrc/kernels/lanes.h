@@ -1,0 +1,80 @@
+// Vectors of numbers, which the compiler makes of what the processor has: for the loops that gcc 12 would not vectorise by itself, because
+// of their bytes. Elsewhere the compiler vectorises plain loops.
+#pragma once
+
+#ifdef __AVX2__
+#include <immintrin.h>  // its functions are never emitted on their own, so no copy of them can be shared with other code
+#endif
+
+#include "codec.h"
+
+namespace fused_opt::FUSED_OPT_ISA {
+namespace {
+
+#ifdef __AVX512BW__
+constexpr int64_t kLanes = 16;
+#else
+constexpr int64_t kLanes = 8;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+// What is taken from bytes and to bytes at once: the smallest block, or the length of the shortest vector of bytes that is quick.
+constexpr int64_t kGroup = 32, kVectors = kGroup / kLanes;
+typedef uint8_t GroupOfBytes __attribute__((vector_size(kGroup)));
+static_assert(kMinBlock % kGroup == 0);
+
+// At any address.
+template <class V>
+[[gnu::always_inline]] inline V load_lanes(const void* memory) {
+  V lanes;
+  __builtin_memcpy(&lanes, memory, sizeof lanes);
+  return lanes;
+}
+
+template <class V>
+[[gnu::always_inline]] inline void store_lanes(void* memory, V lanes) {
+  __builtin_memcpy(memory, &lanes, sizeof lanes);
+}
+
+// Past the caches, to a multiple of the vector's size: for results that are larger than those, which else would be read first, to be
+// written. Other threads see it after a fence.
+[[gnu::always_inline]] inline void stream_lanes(float* memory, Floats lanes) {
+#if defined(__AVX512BW__)
+  _mm512_stream_ps(memory, __m512(lanes));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(memory, __m256(lanes));
+#else
+  store_lanes(memory, lanes);
+#endif
+}
+
+// The operations of real.h that are no operators.
+[[gnu::always_inline]] inline Floats spread(float x) { return x - Floats{}; }
+[[gnu::always_inline]] inline Floats spread(Floats x) { return x; }
+
+template <class A, class B>
+[[gnu::always_inline]] inline Floats fma(A a, B b, Floats c) {
+#if defined(__AVX512BW__)
+  return Floats(_mm512_fmadd_ps(__m512(spread(a)), __m512(spread(b)), __m512(c)));
+#elif defined(__FMA__)
+  return Floats(_mm256_fmadd_ps(__m256(spread(a)), __m256(spread(b)), __m256(c)));
+#else
+  const Floats x = spread(a), y = spread(b);
+  for (int64_t i = 0; i < kLanes; ++i) c[i] = fma(x[i], y[i], c[i]);
+  return c;
+#endif
+}
+
+[[gnu::always_inline]] inline Floats sqrt(Floats x) {
+  for (int64_t i = 0; i < kLanes; ++i) x[i] = sqrt(x[i]);
+  return x;
+}
+
+[[gnu::always_inline]] inline Words larger(Words a, Words b) { return a > b ? a : b; }
+
+}  // namespace
+}  // namespace fused_opt::FUSED_OPT_ISA
