@@ -178,23 +178,34 @@ def _index_words(count: int) -> Tensor:
     return torch.arange(count) * 0xC13FA9A9
 
 
-def block_hash(scale: Tensor, size: int, seed: int) -> Tensor:
-    """Noise in (0, 1), in each block a Weyl sequence of 14 bits whose start and stride are a hash of seed, block number and scale.
+def block_hash(seed: Tensor, size: int) -> Tensor:
+    """Noise in (0, 1), in each block a Weyl sequence of 14 bits whose start and stride are a hash of block number and seed.
 
-    As `fused_opt.quantize_blockwise` has it. With the same seed in every step it changes as the scale does, and stays where that stays: so
-    fused_opt's steps take the sum of the bits of the block's parameters for the seed, for which the number of the step stands here.
+    As `fused_opt.quantize_blockwise` has it: the hash is SplitMix64.
+
+    Args:
+        seed: of each block, int64.
     """
-    key = _mixed(_mixed(torch.tensor(seed)))
-    word = _mixed(_mixed((key + torch.arange(len(scale))[:, None]) & 0xFFFFFFFF) ^ scale.view(torch.int32).long())
-    start, stride = word & 0x3FFF, word >> 16 | 1
+    word = seed + (torch.arange(len(seed)) + 1) * _signed(0x9E3779B97F4A7C15)
+    word = (word ^ _shifted(word, 30)) * _signed(0xBF58476D1CE4E5B9)
+    word = (word ^ _shifted(word, 27)) * _signed(0x94D049BB133111EB)
+    word = (word ^ _shifted(word, 31))[:, None]
+    start, stride = word & 0x3FFF, word >> 16 & 0xFFFF | 1
     return (((start + stride * torch.arange(size)) & 0x3FFF) + 0.5) / (1 << 14)
 
 
-def _mixed(word: Tensor) -> Tensor:
-    """32 bits into 32 bits, each of them into all (the constants are those of Ettinger's "lowbias32")."""
-    for shift_by, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        word = ((word ^ word >> shift_by) * factor) & 0xFFFFFFFF
-    return word ^ word >> 16
+def _signed(word: int) -> int:
+    """64 bits as int64 has them, in which torch computes modulo 2**64."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(word: Tensor, places: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return word >> places & ((1 << (64 - places)) - 1)
+
+
+def _scale_bits(scale: Tensor) -> Tensor:
+    return scale.flatten().view(torch.int32).long()
 
 
 CODES: dict[str, Code] = {
@@ -222,8 +233,9 @@ ROUNDINGS: dict[str, Callable[[Tensor, int, int, bool, torch.Generator], Tensor 
     "dither": lambda scale, size, step, signed, generator: dither(scale, size, step, signed, 16),
     "dither8": lambda scale, size, step, signed, generator: dither(scale, size, step, signed, 8),
     "dither4": lambda scale, size, step, signed, generator: dither(scale, size, step, signed, 4),
-    "hash": lambda scale, size, step, signed, generator: block_hash(scale, size, 0),
-    "step-hash": lambda scale, size, step, signed, generator: block_hash(scale, size, step),
+    "hash": lambda scale, size, step, signed, generator: block_hash(_scale_bits(scale), size),
+    # fused_opt's, with the step in place of the parameters' bits and the first moment's scale: so both moments have the same noise, too.
+    "step-hash": lambda scale, size, step, signed, generator: block_hash(torch.full((len(scale),), step), size),
 }
 
 

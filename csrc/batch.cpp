@@ -366,7 +366,7 @@ void Batch::append_ranges(std::vector<Range>& ranges) const {
 Format Batch::kernel_format(const Entry& entry) const {
   const Format own = entry.operands[kParam].format;
   bool common = entry.walk < 0;
-  for (int k = 0; k < operand_count(); ++k) common &= entry.operands[k].format == own && !entry.operands[k].scales;
+  for (int k = 0; k < operand_count(); ++k) common &= entry.operands[k].format == own || entry.operands[k].scales;
   return common ? own : entry.precision == Precision::kSingle ? Format::kFloat32 : Format::kFloat64;
 }
 

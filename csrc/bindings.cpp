@@ -49,19 +49,21 @@ const RuleInfo& find_rule(const std::string& name) {
   throw py::value_error("unknown rule '" + name + "'; it must be adam, rmsprop or sgd");
 }
 
-// Where each kernel starts, for the test that disassembles them: (isa, rule, flags, format, address).
-using KernelAddress = std::tuple<const char*, const char*, unsigned, const char*, uintptr_t>;
+// Where each kernel starts, for the test that disassembles them: (isa, rule, flags, formats, address).
+using KernelAddress = std::tuple<const char*, const char*, unsigned, std::string, uintptr_t>;
 
 std::vector<KernelAddress> kernel_addresses() {
   std::vector<KernelAddress> list;
   for (int i = 0; i < isa_count; ++i)
     for (const RuleInfo& rule : rules)
       for (unsigned flags = 0; flags < rule.flag_combinations; ++flags)
-        for (int format = 0; format <= kFormats; ++format) {
+        for (int format = 0; format < kFormats; ++format) {
           const KernelsByFormat& kernels = (isas[i].kernels->*rule.kernels)[flags];
-          const Kernel kernel = format < kFormats ? kernels.at[format] : kernels.blocks;
-          const char* const name = format < kFormats ? kFormatNames[format] : "int8";
-          if (kernel) list.emplace_back(isas[i].kernels->isa, rule.name, flags, name, reinterpret_cast<uintptr_t>(kernel));
+          const auto append = [&](Kernel kernel, const std::string& states) {
+            list.emplace_back(isas[i].kernels->isa, rule.name, flags, kFormatNames[format] + states, reinterpret_cast<uintptr_t>(kernel));
+          };
+          append(kernels.at[format], "");
+          if (kernels.blocks[format]) append(kernels.blocks[format], " int8");
         }
   return list;
 }
@@ -124,7 +126,7 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
     const auto& [flags, scalars] = programs[static_cast<size_t>(entry.cohort)];
     const Format format = batch.kernel_format(entry);
     const KernelsByFormat& kernels = (isa.kernels->*rule.kernels)[flags];
-    const Kernel kernel = entry.block_size > 0 ? kernels.blocks : kernels.at[static_cast<int>(format)];
+    const Kernel kernel = (entry.block_size > 0 ? kernels.blocks : kernels.at)[static_cast<int>(format)];
     const CodecsByFormat* const codecs = &isa.kernels->codecs[static_cast<int>(entry.precision)];
     const Walk* const walk = entry.walk < 0 ? nullptr : &batch.walks[static_cast<size_t>(entry.walk)];
     tasks.push_back({kernel, format, scalars.data(), codecs, batch.operand_count(), entry.operands, walk, entry.count, entry.block_size});

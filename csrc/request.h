@@ -31,7 +31,7 @@ constexpr int64_t kMinBlock = 32, kMaxBlock = 4096;
 struct Run {
   void* operands[kMaxOperands];
   int64_t count;
-  // Of kernels for states in 8-bit codes, whose parameter and gradient are fp32; else unused.
+  // Of kernels for states in 8-bit codes; else unused.
   int64_t first;             // position of the first element in the tensors, a multiple of the block size
   int64_t block_size;        // the last block of a tensor may be shorter
   void* scales[kMaxStates];  // of all blocks of the tensors, fp32
@@ -42,7 +42,7 @@ using Kernel = void (*)(const double* scalars, const Run& run);
 // Those for 16-bit formats compute in single precision.
 struct KernelsByFormat {
   Kernel at[kFormats];
-  Kernel blocks;  // for states in 8-bit codes; null if there can be none
+  Kernel blocks[kFormats];  // for states in 8-bit codes, by the format of parameter and gradient; null if there can be none
 };
 
 // Between memory, `stride` elements from one value to the next, and densely packed numbers of a precision.

@@ -216,8 +216,10 @@ def encode(
 
 
 def step_seeds(param: torch.Tensor, state: torch.Tensor, block_size: int) -> torch.Tensor:
-    """The seeds with which a step rounds 8-bit states, one for each block: above, the bits of the largest magnitude of the first state after
-    the step; below, twice the sum of the bits of the parameters before it, as float32.
+    """The seeds with which a step rounds 8-bit states, one for each block.
+
+    The upper half of a seed is the bits of the largest magnitude of the first state after the step. The lower half is the sum of the bits
+    of the parameters before it, as float32, with the largest number for infinity and NaN.
 
     Args:
         param: the elements in the order of the blocks.
@@ -225,15 +227,15 @@ def step_seeds(param: torch.Tensor, state: torch.Tensor, block_size: int) -> tor
     """
 
     def bits_in_blocks(values: torch.Tensor) -> torch.Tensor:
-        bits = values.detach().reshape(-1).to(torch.float32).view(torch.int32).to(torch.int64)
+        bits = values.view(torch.int32).to(torch.int64)
         return torch.nn.functional.pad(bits, (0, -len(bits) % block_size)).view(-1, block_size)
 
     if not param.numel():
         return torch.empty(0, dtype=torch.int64, device="cpu")
-    largest = bits_in_blocks(state.detach().abs()).amax(1)
-    of_nan = 0x7FC00000
-    largest = largest.masked_fill(largest >= 0x7F800000, of_nan)
-    return largest << 32 | (2 * bits_in_blocks(param).sum(1)) & 0xFFFFFFFF
+    magnitudes = state.detach().reshape(-1).to(torch.float32).abs()
+    largest = bits_in_blocks(magnitudes.masked_fill(~magnitudes.isfinite(), math.nan)).amax(1)
+    values, limit = param.detach().reshape(-1).to(torch.float32), torch.finfo(torch.float32).max
+    return largest << 32 | bits_in_blocks(values.where(values < limit, limit)).sum(1) & 0xFFFFFFFF
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, code: str | torch.Tensor, block_size: int, out: torch.Tensor) -> None:

@@ -139,7 +139,7 @@ def test_import_costs_little() -> None:
 def test_both_sides_agree_on_which_rules_take_codes() -> None:
     """A state that Python makes 8-bit and the kernels do not take would have no kernel."""
     flags = {
-        rule: {f for _, name, f, stored, _ in _cpu.kernel_addresses() if (name, stored) == (rule, "int8")}
+        rule: {f for _, name, f, stored, _ in _cpu.kernel_addresses() if (name, stored) == (rule, "float32 int8")}
         for rule in ("adam", "rmsprop", "sgd")
     }
     assert flags["adam"] == set(range(4))

@@ -128,7 +128,7 @@ inline uint32_t sum_of_lanes(Words x) {
 template <class Rule, int kState>
 using CodeOfState = MuLaw<Rule::kKinds[kState] == kAverage>;
 
-constexpr int64_t kBytes = sizeof(float), kCacheLine = 64;
+constexpr int64_t kCacheLine = 64;
 
 // Elements that are read ahead, from large tensors: AdamW took 1.2 times as long without, 1.05 times with twice or half as many.
 constexpr int64_t kReadAhead = 512;
@@ -151,11 +151,12 @@ struct Block {
 // The seed of the rounding is made of the parameters before the step and of the first state's scale: not of the step's number, which would
 // have to be saved, and not of nothing, since with the same draw in every step a small momentum could be rounded to itself for ever, and go
 // on moving a weight that has no gradient any more. All averages are rounded by the same offsets.
-template <class Rule, int... kState>
+template <class Rule, class Value, int... kState>
 [[gnu::always_inline]] inline void update_block(const Rule& given_rule, const Block<Rule>& given_block,
                                                 std::integer_sequence<int, kState...>) {
   const Rule rule = given_rule;  // so that the compiler knows that no store changes them
   const Block<Rule> block = given_block;
+  constexpr int64_t kBytes = sizeof(typename Value::Stored);
   const int64_t end = (block.count + kGroup - 1) / kGroup * kGroup;
   alignas(64) float states[Rule::kStates][kMaxBlock + 16];  // not 4096 bytes apart, which processors take for the same address at first
 
@@ -163,31 +164,31 @@ template <class Rule, int... kState>
   Words largest[Rule::kStates] = {}, param_sum = {};
 #pragma GCC unroll 1
   for (int64_t i = 0; i < end; i += kLanes) {
-    const Floats p = load_lanes<Floats>(block.param + i * kBytes);
-    param_sum += Words(p);
+    const Floats p = decode_lanes<Value>(block.param + i * kBytes);
+    param_sum += Words(smaller(p, spread(kLargest)));  // the bits of a NaN differ between processors
     Floats state[] = {CodeOfState<Rule, kState>::decode(widen(block.codes[kState] + i), units[kState])...};
-    rule.accumulate(rule.gradient(p, load_lanes<Floats>(block.grad + i * kBytes)), state);
+    rule.accumulate(rule.gradient(p, decode_lanes<Value>(block.grad + i * kBytes)), state);
     ((largest[kState] = larger(largest[kState], magnitudes<Rule::kKinds[kState]>(state[kState]))), ...);
     (store_lanes(&states[kState][i], state[kState]), ...);
   }
   ((*block.scales[kState] = scale_of(largest_lane(largest[kState]))), ...);
 
-  // Twice the sum: so the sign of NaN, which differs between processors, does not count.
-  const uint64_t seed = uint64_t(bits_of(*block.scales[0])) << 32 | 2 * sum_of_lanes(param_sum);
+  const uint64_t seed = uint64_t(bits_of(*block.scales[0])) << 32 | sum_of_lanes(param_sum);
   Offsets random(rounding_of(true, seed, block.number)), nearest(rounding_of(false, seed, block.number));
   GroupEncoder encoders[] = {GroupEncoder(CodeOfState<Rule, kState>::inverse(*block.scales[kState]))...};
 #pragma GCC unroll 1
   for (int64_t i = 0; i < end; i += kGroup) {
 #pragma GCC unroll 4
     for (int64_t j = i; j < i + kGroup; j += kLanes) {
-      Floats p = load_lanes<Floats>(block.param + j * kBytes);
+      Floats p = decode_lanes<Value>(block.param + j * kBytes);
       Floats state[] = {load_lanes<Floats>(&states[kState][j])...};
-      rule.move(p, rule.gradient(p, load_lanes<Floats>(block.grad + j * kBytes)), state);
-      store_lanes(block.param + j * kBytes, p);
+      rule.move(p, rule.gradient(p, decode_lanes<Value>(block.grad + j * kBytes)), state);
+      encode_lanes<Value>(block.param + j * kBytes, p);
       if constexpr (Rule::kMoved != kNone) store_lanes(&states[Rule::kMoved][j], state[Rule::kMoved]);
     }
+    constexpr int64_t kLine = kCacheLine / kBytes < kGroup ? kCacheLine / kBytes : kGroup;
 #pragma GCC unroll 2
-    for (int64_t j = i + kReadAhead; j < i + kReadAhead + kGroup; j += kCacheLine / kBytes) {
+    for (int64_t j = i + kReadAhead; j < i + kReadAhead + kGroup; j += kLine) {
       __builtin_prefetch(block.param + j * kBytes, 1);
       __builtin_prefetch(block.grad + j * kBytes, 0);
     }
@@ -216,7 +217,7 @@ template <class Rule, int... kState>
 }
 
 // Elsewhere and followed by zeros: the last block of a tensor, if it is no whole number of groups.
-template <class Rule>
+template <class Rule, class Value>
 class PaddedCopy {
  public:
   [[gnu::noinline]] Block<Rule> of(const Block<Rule>& block) {
@@ -233,6 +234,8 @@ class PaddedCopy {
   }
 
  private:
+  static constexpr int64_t kBytes = sizeof(typename Value::Stored);
+
   template <class T>
   static T* copy(T* to, const T* from, int64_t count, int64_t bytes) {
     __builtin_memcpy(to, from, static_cast<size_t>(count * bytes));
@@ -244,12 +247,13 @@ class PaddedCopy {
   uint8_t codes_[Rule::kStates][kMaxBlock];
 };
 
-// A kernel for fp32 parameters and gradients, and states in 8-bit codes.
-template <class Rule>
+// A kernel for states in 8-bit codes, and parameters and gradients in another format.
+template <class Rule, class Value>
 void update_blocks(const double* scalars, const Run& run) {
+  constexpr int64_t kBytes = sizeof(typename Value::Stored);
   constexpr auto kStates = std::make_integer_sequence<int, Rule::kStates>();
   const Rule rule(scalars);
-  PaddedCopy<Rule> copy;
+  PaddedCopy<Rule, Value> copy;
   int64_t number = run.first / run.block_size;
   for (int64_t first = 0; first < run.count; first += run.block_size, ++number) {
     const int64_t left = run.count - first;
@@ -263,7 +267,7 @@ void update_blocks(const double* scalars, const Run& run) {
     block.count = left < run.block_size ? left : run.block_size;
     block.number = number;
     const bool whole = block.count % kGroup == 0;
-    update_block(rule, whole ? block : copy.of(block), kStates);
+    update_block<Rule, Value>(rule, whole ? block : copy.of(block), kStates);
     if (!whole) copy.write_back(block);
   }
 }

@@ -1,10 +1,11 @@
 // 8-bit codes: a value relative to the largest magnitude of its block, in one byte. A code knows no block, optimizer or loop over memory.
 //
-// Decoding gives a number from -1 to 1 times the block's scale, which is its largest magnitude. Zero is code 0 and decodes to zero; the top
-// code decodes to exactly the scale. Encoding what was decoded gives the same code, however it is rounded.
+// Decoding gives a number from -1 to 1 times the block's scale, which is its largest magnitude. Zero is code 0 and decodes to zero, the top
+// code to the scale (mu-law: but for its last two bits). Encoding what was decoded gives the same code, however it is rounded, and so the
+// same number again.
 #pragma once
 
-#include "lanes.h"
+#include "codec.h"
 
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
@@ -39,7 +40,7 @@ class Offsets {
 };
 
 constexpr uint32_t kSign = 1u << 31, kInfinity = 0x7f800000;
-constexpr float kSmallestNormal = 0x1p-126f;
+constexpr float kSmallestNormal = 0x1p-126f, kLargest = 0x1.fffffep+127f;
 
 // A code is written for vectors. It has:
 //   unit(scale), inverse(scale)           what decode and encode multiply with; NaN if the scale is not finite

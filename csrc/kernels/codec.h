@@ -6,23 +6,10 @@
 // flushes those of float (torch.set_flush_denormal).
 #pragma once
 
-#include "../request.h"
-#include "real.h"
+#include "lanes.h"
 
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // To float such that rounding once more, to a format with at least two bits less, gives what rounding once to that format would: a number
 // that is no float goes to the neighbour whose last bit is 1 ("rounding to odd", Boldo & Melquiond 2008). A float goes to itself.
@@ -38,10 +25,15 @@ inline float for_rounding(double x) {
   return float_of(bits);
 }
 
+// A codec has `decode` and `encode` for one value of any precision, and for a vector of float.
+
 // fp32 and fp64.
 template <class T>
 struct Plain {
   using Stored = T;
+  using Lanes = Floats;
+  static Floats decode(Lanes x) { return x; }
+  static Lanes encode(Floats x) { return x; }
   template <class Real>
   static Real decode(Stored x) {
     return static_cast<Real>(x);
@@ -55,6 +47,9 @@ struct Plain {
 // The upper half of a float.
 struct BFloat16 {
   using Stored = uint16_t;
+  using Lanes = Halves;
+  static Floats decode(Lanes x) { return Floats(widen(x) << 16); }
+  static Lanes encode(Floats x) { return narrow(round(x) >> 16); }
   template <class Real>
   static Real decode(Stored x) {
     return float_of(uint32_t(x) << 16);
@@ -64,15 +59,39 @@ struct BFloat16 {
     return static_cast<Stored>(round(for_rounding(x)) >> 16);
   }
   // The result is in the upper half.
-  static uint32_t round(float x) {
-    const uint32_t bits = bits_of(x);
-    return (bits + 0x7fff + (bits >> 16 & 1)) | (x != x ? ~uint32_t(0) : 0);
+  template <class V>
+  static auto round(V x) -> decltype(bits_of(x)) {
+    const auto bits = bits_of(x);
+    return (bits + 0x7fff + (bits >> 16 & 1)) | ones_if(x != x);
   }
 };
 
 // IEEE 754 binary16: 5 bits of exponent with bias 15, where float has 8 with bias 127; 10 bits of fraction, where float has 23.
 struct Float16 {
   using Stored = uint16_t;
+  using Lanes = Halves;
+  static Floats decode(Lanes x) {
+#if defined(__AVX512BW__)
+    return Floats(_mm512_maskz_cvtph_ps(0xffff, __m256i(x)));
+#elif defined(__F16C__)
+    return Floats(_mm256_cvtph_ps(__m128i(x)));
+#else
+    Floats real;
+    for (int64_t i = 0; i < kLanes; ++i) real[i] = decode<float>(x[i]);
+    return real;
+#endif
+  }
+  static Lanes encode(Floats x) {
+#if defined(__AVX512BW__)
+    return Lanes(_mm512_maskz_cvtps_ph(0xffff, __m512(x), 0));  // to nearest even
+#elif defined(__F16C__)
+    return Lanes(_mm256_cvtps_ph(__m256(x), 0));
+#else
+    Lanes stored;
+    for (int64_t i = 0; i < kLanes; ++i) stored[i] = encode<float>(x[i]);
+    return stored;
+#endif
+  }
   template <class Real>
   static Real decode(Stored x) {
     constexpr uint32_t kRebias = uint32_t(127 - 15) << 23, kMaxExponent = 31u << 23, kSmallest = kRebias + (1u << 23);
@@ -110,35 +129,33 @@ template <class Value, class Real>
 }
 
 #ifdef __F16C__
-// binary16 to float and back is one instruction for eight numbers, where the arithmetic above takes some ninety. Three quarters of a
-// 16-bit AdamW step's time were spent in that.
-typedef short Halves __attribute__((vector_size(16)));
-typedef float EightFloats __attribute__((vector_size(32)));
+// binary16 to float and back is one instruction for a vector of numbers, where the arithmetic above takes some ninety for eight. Three
+// quarters of a 16-bit AdamW step's time were spent in that.
 
-// f(position, length) for each eight, the last ones fewer.
+// f(position, length) for each vector, the last one shorter.
 template <class F>
-[[gnu::always_inline]] inline void by_eights(int64_t count, F f) {
+[[gnu::always_inline]] inline void by_lanes(int64_t count, F f) {
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) f(i, 8);
+  for (; i + kLanes <= count; i += kLanes) f(i, kLanes);
   if (i < count) f(i, count - i);
 }
 
 template <>
 [[gnu::always_inline]] inline void decode_packed<Float16, float>(const void* stored, float* real, int64_t count) {
-  by_eights(count, [=](int64_t i, int64_t length) __attribute__((always_inline)) {
+  by_lanes(count, [=](int64_t i, int64_t length) __attribute__((always_inline)) {
     Halves halves = {};
     __builtin_memcpy(&halves, static_cast<const char*>(stored) + 2 * i, static_cast<size_t>(2 * length));
-    const EightFloats floats = __builtin_ia32_vcvtph2ps256(halves);
+    const Floats floats = Float16::decode(halves);
     __builtin_memcpy(real + i, &floats, static_cast<size_t>(4 * length));
   });
 }
 
 template <>
 [[gnu::always_inline]] inline void encode_packed<Float16, float>(const float* real, void* stored, int64_t count) {
-  by_eights(count, [=](int64_t i, int64_t length) __attribute__((always_inline)) {
-    EightFloats floats = {};
+  by_lanes(count, [=](int64_t i, int64_t length) __attribute__((always_inline)) {
+    Floats floats = {};
     __builtin_memcpy(&floats, real + i, static_cast<size_t>(4 * length));
-    const Halves halves = __builtin_ia32_vcvtps2ph256(floats, 0);  // to nearest even
+    const Halves halves = Float16::encode(floats);
     __builtin_memcpy(static_cast<char*>(stored) + 2 * i, &halves, static_cast<size_t>(2 * length));
   });
 }
@@ -173,6 +190,17 @@ struct Chunk<BFloat16> {
     }
   }
 };
+
+// A vector of values, at any address.
+template <class Value>
+[[gnu::always_inline]] inline Floats decode_lanes(const void* stored) {
+  return Value::decode(load_lanes<typename Value::Lanes>(stored));
+}
+
+template <class Value>
+[[gnu::always_inline]] inline void encode_lanes(void* stored, Floats real) {
+  store_lanes(stored, Value::encode(real));
+}
 
 // Codecs as the portable code calls them.
 template <class Real, class Value>

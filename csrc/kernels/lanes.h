@@ -6,7 +6,8 @@
 #include <immintrin.h>  // its functions are never emitted on their own, so no copy of them can be shared with other code
 #endif
 
-#include "codec.h"
+#include "../request.h"
+#include "real.h"
 
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
@@ -20,6 +21,7 @@ constexpr int64_t kLanes = 8;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 // What is taken from bytes and to bytes at once: the smallest block, or the length of the shortest vector of bytes that is quick.
@@ -52,7 +54,26 @@ template <class V>
 #endif
 }
 
+[[gnu::always_inline]] inline Words widen(Halves x) {
+#if defined(__AVX512BW__)
+  return Words(_mm512_maskz_cvtepu16_epi32(0xffff, __m256i(x)));  // gcc 12 warns of the intrinsic without mask
+#elif defined(__AVX2__)
+  return Words(_mm256_cvtepu16_epi32(__m128i(x)));
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+
+// The lower halves.
+[[gnu::always_inline]] inline Halves narrow(Words x) { return __builtin_convertvector(x, Halves); }
+
+// All bits of a number of which a comparison is true.
+[[gnu::always_inline]] inline uint32_t ones_if(bool x) { return x ? ~uint32_t(0) : 0; }
+[[gnu::always_inline]] inline Words ones_if(Ints x) { return Words(x); }
+
 // The operations of real.h that are no operators.
+[[gnu::always_inline]] inline Words bits_of(Floats x) { return Words(x); }
+
 [[gnu::always_inline]] inline Floats spread(float x) { return x - Floats{}; }
 [[gnu::always_inline]] inline Floats spread(Floats x) { return x; }
 
@@ -72,6 +93,17 @@ template <class A, class B>
 [[gnu::always_inline]] inline Floats sqrt(Floats x) {
   for (int64_t i = 0; i < kLanes; ++i) x[i] = sqrt(x[i]);
   return x;
+}
+
+// b where a is NaN.
+[[gnu::always_inline]] inline Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+  return Floats(_mm512_maskz_min_ps(0xffff, __m512(a), __m512(b)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_min_ps(__m256(a), __m256(b)));
+#else
+  return a < b ? a : b;
+#endif
 }
 
 [[gnu::always_inline]] inline Words larger(Words a, Words b) { return a > b ? a : b; }

@@ -29,6 +29,18 @@ inline void store(void* array, int64_t i, T x) {
   __builtin_memcpy(static_cast<char*>(array) + i * static_cast<int64_t>(sizeof x), &x, sizeof x);
 }
 
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 

@@ -14,10 +14,10 @@ constexpr bool takes_codes = Rule::kStates > 0;
 template <unsigned kFlags>
 constexpr bool takes_codes<RMSprop<float, kFlags>> = !RMSprop<float, kFlags>::centered;
 
-template <class Rule>
+template <class Rule, class Value>
 constexpr Kernel blocks_kernel = [] {
   if constexpr (takes_codes<Rule>)
-    return update_blocks<Rule>;
+    return update_blocks<Rule, Value>;
   else
     return nullptr;
 }();
@@ -29,9 +29,11 @@ struct Kernels;
 template <template <class, unsigned> class Rule, unsigned... kFlags>
 struct Kernels<Rule, std::integer_sequence<unsigned, kFlags...>> {
   // The members in the order of Format.
-  static constexpr KernelsByFormat list[] = {{{update<Rule<float, kFlags>>, update<Rule<double, kFlags>>,
-                                               update_coded<Rule<float, kFlags>, BFloat16>, update_coded<Rule<float, kFlags>, Float16>},
-                                              blocks_kernel<Rule<float, kFlags>>}...};
+  static constexpr KernelsByFormat list[] = {
+      {{update<Rule<float, kFlags>>, update<Rule<double, kFlags>>, update_coded<Rule<float, kFlags>, BFloat16>,
+        update_coded<Rule<float, kFlags>, Float16>},
+       {blocks_kernel<Rule<float, kFlags>, Plain<float>>, nullptr, blocks_kernel<Rule<float, kFlags>, BFloat16>,
+        blocks_kernel<Rule<float, kFlags>, Float16>}}...};
 };
 
 template <template <class, unsigned> class Rule, unsigned kFlagCombinations>

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <string>
 #include <vector>
 
 #include "request.h"
@@ -136,7 +137,7 @@ struct Count {
 };
 
 void print_line(const char* what, const char* format, const Count& count, uint64_t hash) {
-  printf("%-24s %-8s  %lld of %lld differ  hash %016llx\n", what, format, count.differing, count.compared, (unsigned long long)hash);
+  printf("%-24s %-13s  %lld of %lld differ  hash %016llx\n", what, format, count.differing, count.compared, (unsigned long long)hash);
 }
 
 alignas(64) char memory[kArrays + 1][(kMaxLength + kGuard + kArrays + 63) / 64 * 64 * 8];  // the last one is the gradient
@@ -233,9 +234,10 @@ void check_codec(int precision, int format, const std::vector<Isa>& isas, Count&
 constexpr int64_t kBlockSizes[] = {32, 256, 4096};
 
 // One kernel for states in 8-bit codes: whole tensors, since the last block of a shorter one has another scale.
-void check_blocks_kernel(const Rule& rule, unsigned flags, const std::vector<Isa>& isas, Count& count) {
-  if ((isas[0].table->*rule.kernels)[flags].blocks == nullptr) return;
-  const Layout& layout = kLayouts[0];
+void check_blocks_kernel(const Rule& rule, unsigned flags, int format, const std::vector<Isa>& isas, Count& count) {
+  if ((isas[0].table->*rule.kernels)[flags].blocks[format] == nullptr) return;
+  const Layout &layout = kLayouts[format], &of_scales = kLayouts[0];
+  const int bytes = layout.bytes;
   const Count before = count;
   uint64_t hash = 0;
   for (const int64_t block_size : kBlockSizes)
@@ -246,15 +248,16 @@ void check_blocks_kernel(const Rule& rule, unsigned flags, const std::vector<Isa
         for (int placement = 0; placement < kPlacements; ++placement) {
           std::vector<float> scales(kMaxStates * static_cast<size_t>(blocks));
           for (size_t i = 0; i < scales.size(); ++i) scales[i] = 0.01f * static_cast<float>(i % 7);
-          memcpy(base(0, placement, 4), start[0], static_cast<size_t>(length) * 4);
+          memcpy(base(0, placement, bytes), start[0], static_cast<size_t>(length * bytes));
           for (int s = 0; s < kMaxStates; ++s)
             for (int64_t i = 0; i < length; ++i)
               base(1 + s, placement, 1)[i] = static_cast<char>(mix(static_cast<uint64_t>(i * kMaxStates + s)));
           for (int step = 0; step < kSteps; ++step) {
             for (int64_t i = 0; i < length; ++i) {  // finite ones: else all is NaN
               uint64_t x = layout.read(grads[step], i);
-              if ((x >> 23 & 255) > 200) x &= ~(uint64_t(128) << 23);
-              layout.write(base(kArrays, placement, 4), i, x);
+              const uint64_t exponent = x >> layout.fraction_bits & layout.max_exponent();
+              if (exponent > layout.max_exponent() / 4 * 3) x &= ~(uint64_t(1) << (8 * bytes - 2));
+              layout.write(base(kArrays, placement, bytes), i, x);
             }
             double scalars[32];
             rule.scalars(step, scalars);
@@ -262,22 +265,22 @@ void check_blocks_kernel(const Rule& rule, unsigned flags, const std::vector<Isa
             run.count = length;
             run.first = 0;
             run.block_size = block_size;
-            run.operands[kParam] = base(0, placement, 4);
-            run.operands[kGrad] = base(kArrays, placement, 4);
+            run.operands[kParam] = base(0, placement, bytes);
+            run.operands[kGrad] = base(kArrays, placement, bytes);
             for (int s = 0; s < kMaxStates; ++s) {
               run.operands[kFirstState + s] = base(1 + s, placement, 1);
               run.scales[s] = &scales[static_cast<size_t>(s * blocks)];
             }
-            (isa.table->*rule.kernels)[flags].blocks(scalars, run);
+            (isa.table->*rule.kernels)[flags].blocks[format](scalars, run);
           }
           std::vector<char> result;
           for (int64_t i = 0; i < length; ++i) {
-            const uint64_t x = layout.read(base(0, placement, 4), i);
+            const uint64_t x = layout.read(base(0, placement, bytes), i);
             result.insert(result.end(), reinterpret_cast<const char*>(&x), reinterpret_cast<const char*>(&x) + 4);
           }
           for (int s = 0; s < kMaxStates; ++s) result.insert(result.end(), base(1 + s, placement, 1), base(1 + s, placement, 1) + length);
           for (const float& scale : scales) {
-            const uint64_t x = layout.read(reinterpret_cast<const char*>(&scale), 0);
+            const uint64_t x = of_scales.read(reinterpret_cast<const char*>(&scale), 0);
             result.insert(result.end(), reinterpret_cast<const char*>(&x), reinterpret_cast<const char*>(&x) + 4);
           }
           if (expected.empty()) expected = result;
@@ -287,7 +290,7 @@ void check_blocks_kernel(const Rule& rule, unsigned flags, const std::vector<Isa
     }
   char what[32];
   snprintf(what, sizeof what, "%s flags %u", rule.name, flags);
-  print_line(what, "int8", count - before, hash);
+  print_line(what, (std::string("int8 ") + kFormatNames[format]).c_str(), count - before, hash);
 }
 
 // One code, both ways, to the nearest and stochastically, with magnitudes that need no care and some that do.
@@ -351,9 +354,11 @@ int main(int argc, char** argv) {
       for (unsigned flags = 0; flags < rule.flag_combinations; ++flags) check_kernel(rule, flags, format, isas, count);
     for (int precision = 0; precision < kPrecisions; ++precision) check_codec(precision, format, isas, count);
   }
-  make_data(kLayouts[0]);
-  for (const Rule& rule : kRules)
-    for (unsigned flags = 0; flags < rule.flag_combinations; ++flags) check_blocks_kernel(rule, flags, isas, count);
+  for (int format = 0; format < kFormats; ++format) {
+    make_data(kLayouts[format]);
+    for (const Rule& rule : kRules)
+      for (unsigned flags = 0; flags < rule.flag_combinations; ++flags) check_blocks_kernel(rule, flags, format, isas, count);
+  }
   for (int code = 0; code < kCodes; ++code) check_code(code, isas, count);
   printf("%lld compared, %lld differing\n", count.compared, count.differing);
   return count.differing != 0;
