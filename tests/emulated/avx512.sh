@@ -69,11 +69,13 @@ fi
 # A CD with the kernel and, as its initial file system, two static programs.
 cat >init.c <<'END'
 #include <stdio.h>
+#include <sys/klog.h>
 #include <sys/reboot.h>
 #include <sys/wait.h>
 #include <unistd.h>
 int main(void) {
   int status = 0;
+  klogctl(6, 0, 0);  // no more messages of the kernel, which could come in the middle of a line
   if (fork() == 0) {
     execl("/isa_bits", "isa_bits", "avx2", "avx512", (char*)0);
     _exit(127);
