@@ -308,7 +308,7 @@ def _try_coded_optimizer(report: Report, torch: Any, name: str) -> str:
         before = param.detach().clone()
         optimizer.step()
         reference.step()
-        seeds = step_seeds(before, reference.state[other][row.states[0][0]], BLOCK_SIZE)
+        seeds = step_seeds(before, {slot: reference.state[other][slot] for slot, _ in row.states}, BLOCK_SIZE)
         pairs = {"parameter": (param.detach(), other.detach())}
         for slot, _ in row.states:
             codes, scales = (optimizer.state[param][name] for name in (slot, scale_name(slot)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,8 +118,8 @@ def quantize_blockwise(
     - "dynamic", "unsigned_dynamic": half the distance between two entries of the table `dynamic_table` (Dettmers 2015,
       https://arxiv.org/abs/1511.04561), which is that of bitsandbytes. Slower.
 
-    and by at most twice that where a `seed` asks for stochastic rounding. Codes are no finer than where the smallest of them above zero stands
-    for 2^-126, mu-law for 2^-130: so where a block's largest magnitude is below 127, 247 or 63487 times 2^-126 (7e-34), x is relative to that.
+    and by at most twice that where a `seed` asks for stochastic rounding. In blocks whose largest magnitude is below 127, 247 or 63487 (for
+    the first three codes) times 2^-126, the smallest normal number, x is relative to that.
 
     Args:
         tensor: float32, float64, bfloat16 or float16, of any shape and strides, on the CPU. It is read as float32.
@@ -215,27 +216,29 @@ def encode(
     _call("quantize", _plain(tensor), codes, scales, block_size, _table_or_name(code), False, seeds)
 
 
-def step_seeds(param: torch.Tensor, state: torch.Tensor, block_size: int) -> torch.Tensor:
+def step_seeds(param: torch.Tensor, states: Mapping[str, torch.Tensor], block_size: int) -> torch.Tensor:
     """The seeds with which a step rounds 8-bit states, one for each block.
 
-    The upper half of a seed is the bits of the largest magnitude of the first state after the step. The lower half is the sum of the bits
-    of the parameters before it, as float32, with the largest number for infinity and NaN.
+    The upper half of a seed is the sum of the bits of the states' scales after the step; RMSprop's momentum does not count (`kMoved` in
+    csrc/kernels/rules.h). The lower half is that of the bits of the parameters before it, as float32, without signs and with infinity for
+    NaN. Both modulo 2^32.
 
     Args:
         param: the elements in the order of the blocks.
-        state: of the parameter's first state, likewise.
+        states: of the parameter, by name, likewise.
     """
 
-    def bits_in_blocks(values: torch.Tensor) -> torch.Tensor:
-        bits = values.view(torch.int32).to(torch.int64)
+    def bits_in_blocks(values: torch.Tensor, if_not_finite: int) -> torch.Tensor:
+        """Of magnitudes."""
+        values = values.detach().reshape(-1).to(torch.float32)
+        bits = (values.view(torch.int32) & 0x7FFFFFFF).to(torch.int64).masked_fill(~values.isfinite(), if_not_finite)
         return torch.nn.functional.pad(bits, (0, -len(bits) % block_size)).view(-1, block_size)
 
     if not param.numel():
         return torch.empty(0, dtype=torch.int64, device="cpu")
-    magnitudes = state.detach().reshape(-1).to(torch.float32).abs()
-    largest = bits_in_blocks(magnitudes.masked_fill(~magnitudes.isfinite(), math.nan)).amax(1)
-    values, limit = param.detach().reshape(-1).to(torch.float32), torch.finfo(torch.float32).max
-    return largest << 32 | bits_in_blocks(values.where(values < limit, limit)).sum(1) & 0xFFFFFFFF
+    counted = [state for name, state in states.items() if name != "momentum_buffer" or len(states) == 1]
+    scale_sum = torch.stack([bits_in_blocks(state, 0x7FC00000).amax(1) for state in counted]).sum(0)
+    return (scale_sum & 0xFFFFFFFF) << 32 | bits_in_blocks(param, 0x7F800000).sum(1) & 0xFFFFFFFF
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, code: str | torch.Tensor, block_size: int, out: torch.Tensor) -> None:

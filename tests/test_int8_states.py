@@ -38,9 +38,6 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
-FIRST_SLOTS = ("exp_avg", "square_avg", "momentum_buffer")
-
-
 def decoded(state: dict[str, torch.Tensor], slot: str, block_size: int) -> torch.Tensor:
     """What an 8-bit state stands for, in the order of its memory."""
     codes = in_memory_order(state[slot])
@@ -59,8 +56,7 @@ def alone_in_fp32(case: Case, params: Sequence[torch.Tensor]) -> list[Optimizer]
 def step_beside_fp32(optimizer: Optimizer, references: Sequence[Optimizer], block_sizes: Sequence[int]) -> None:
     """Step all, then quantize the states of the references, compare, and let them go on with what those have become.
 
-    The seed of a block's rounding is made of its parameters before the step and its first state after it; a maximum is rounded to the
-    nearest.
+    The seed of a block's rounding is made of its parameters before the step and its states after it; a maximum is rounded to the nearest.
 
     Args:
         references: for each parameter an optimizer of its copy.
@@ -72,8 +68,8 @@ def step_beside_fp32(optimizer: Optimizer, references: Sequence[Optimizer], bloc
         (q,) = params_of(reference)
         before = in_memory_order(torch.empty_like(q).copy_(q.detach()))  # a copy without gaps, in their order
         reference.step()
-        first = next(slot for slot in FIRST_SLOTS if slot in reference.state[q])
-        seeds.append(step_seeds(before, in_memory_order(reference.state[q][first]), size))
+        states = {slot: in_memory_order(reference.state[q][slot]) for slot in slots_of(reference.state[q])}
+        seeds.append(step_seeds(before, states, size))
     for i, (p, reference, size) in enumerate(zip(params_of(optimizer), references, block_sizes, strict=True)):
         (q,) = params_of(reference)
         assert_same_bits(p, q, f"parameter {i}")

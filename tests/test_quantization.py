@@ -315,6 +315,24 @@ def test_dequantize_rounds_once_into_any_layout(example: Example, dtype: torch.d
     assert_same_bits(made, exact.to(example.x.dtype))
 
 
+@every_code
+def test_large_results_go_past_the_caches(code: str, threads: Callable[[int], None]) -> None:
+    """From 2^23 elements on; to where vectors start, and beside."""
+    x = random_values((2**23 + 300,), torch.float32, code, seed=9)
+    q = quantize_blockwise(x, 4096, code=code)
+    for count, offset in itertools.product((1, 3), (0, 1)):
+        threads(count)
+        storage = torch.full((len(x) + 2,), 7.0)
+        q.dequantize(storage[offset : offset + len(x)])
+        assert float(storage[len(x) + 1 if offset == 0 else 0]) == 7.0
+        for first in range(0, len(x), 2**22):  # too few for that
+            part = slice(first, first + 2**22)
+            expected = QuantizedTensor(
+                q.codes[part], q.scales[first // 4096 : -(-min(first + 2**22, len(x)) // 4096)], code, x.dtype, 4096
+            ).dequantize()
+            assert_same_bits(storage[offset:][: len(x)][part], expected)
+
+
 def test_every_code_of_a_block(use_isa: Callable[[str], None]) -> None:
     """Also -128, which quantizing never makes."""
     for name, code in CODES.items():

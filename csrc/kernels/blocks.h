@@ -24,7 +24,7 @@ inline uint32_t largest_magnitude(const float* values, int64_t count) {
   return largest;
 }
 
-inline float scale_of(uint32_t largest) { return float_of(largest < kInfinity ? largest : 0x7fc00000); }
+inline float scale_of(uint32_t largest) { return float_of(largest < kInfinity ? largest : kNan); }
 
 // Of block number `block`. Nothing but seed and place decides, not the number of threads. (SplitMix64, Steele, Lea and Flood 2014,
 // https://doi.org/10.1145/2660193.2660195: `block` steps from state `seed`.)
@@ -139,7 +139,7 @@ struct Block {
   char* param;
   const char* grad;
   uint8_t* codes[Rule::kStates];
-  float* scales[Rule::kStates];
+  void* scales[Rule::kStates];  // of all blocks
   int64_t count, number;
 };
 
@@ -148,9 +148,9 @@ struct Block {
 // and more where decoding stood beside the divisions, since so fewer of them are under way at a time. The first loop of the next block
 // before the second of this one, so as not to wait for the scales, gained nothing.)
 //
-// The seed of the rounding is made of the parameters before the step and of the first state's scale: not of the step's number, which would
-// have to be saved, and not of nothing, since with the same draw in every step a small momentum could be rounded to itself for ever, and go
-// on moving a weight that has no gradient any more. All averages are rounded by the same offsets.
+// The seed of the rounding is made of the parameters before the step and of the new scales: not of the step's number, which would have to
+// be saved, and not of nothing, since with the same draw in every step a small momentum could be rounded to itself for ever, and go on
+// moving a weight that has no gradient any more. All averages are rounded by the same offsets.
 template <class Rule, class Value, int... kState>
 [[gnu::always_inline]] inline void update_block(const Rule& given_rule, const Block<Rule>& given_block,
                                                 std::integer_sequence<int, kState...>) {
@@ -160,22 +160,23 @@ template <class Rule, class Value, int... kState>
   const int64_t end = (block.count + kGroup - 1) / kGroup * kGroup;
   alignas(64) float states[Rule::kStates][kMaxBlock + 16];  // not 4096 bytes apart, which processors take for the same address at first
 
-  const float units[] = {CodeOfState<Rule, kState>::unit(*block.scales[kState])...};
+  const float units[] = {CodeOfState<Rule, kState>::unit(load<float>(block.scales[kState], block.number))...};
   Words largest[Rule::kStates] = {}, param_sum = {};
 #pragma GCC unroll 1
   for (int64_t i = 0; i < end; i += kLanes) {
     const Floats p = decode_lanes<Value>(block.param + i * kBytes);
-    param_sum += Words(smaller(p, spread(kLargest)));  // the bits of a NaN differ between processors
+    param_sum += smaller(Words(p) & ~kSign, Words{} + kInfinity);  // the bits of a NaN differ between processors
     Floats state[] = {CodeOfState<Rule, kState>::decode(widen(block.codes[kState] + i), units[kState])...};
     rule.accumulate(rule.gradient(p, decode_lanes<Value>(block.grad + i * kBytes)), state);
     ((largest[kState] = larger(largest[kState], magnitudes<Rule::kKinds[kState]>(state[kState]))), ...);
     (store_lanes(&states[kState][i], state[kState]), ...);
   }
-  ((*block.scales[kState] = scale_of(largest_lane(largest[kState]))), ...);
+  const float scales[] = {scale_of(largest_lane(largest[kState]))...};
 
-  const uint64_t seed = uint64_t(bits_of(*block.scales[0])) << 32 | sum_of_lanes(param_sum);
+  const uint32_t scale_sum = ((kState == Rule::kMoved ? 0 : bits_of(scales[kState])) + ...);
+  const uint64_t seed = uint64_t(scale_sum) << 32 | sum_of_lanes(param_sum);
   Offsets random(rounding_of(true, seed, block.number)), nearest(rounding_of(false, seed, block.number));
-  GroupEncoder encoders[] = {GroupEncoder(CodeOfState<Rule, kState>::inverse(*block.scales[kState]))...};
+  GroupEncoder encoders[] = {GroupEncoder(CodeOfState<Rule, kState>::inverse(scales[kState]))...};
 #pragma GCC unroll 1
   for (int64_t i = 0; i < end; i += kGroup) {
 #pragma GCC unroll 4
@@ -207,9 +208,11 @@ template <class Rule, class Value, int... kState>
     constexpr int kIndex = decltype(k)::value;
     using Code = CodeOfState<Rule, kIndex>;
     if constexpr (kIndex == Rule::kMoved) {
-      *block.scales[kIndex] = scale_of(largest_magnitude(states[kIndex], block.count));
-      encode_block<Code>(states[kIndex], block.count, *block.scales[kIndex], rounding_of(true, seed, block.number), block.codes[kIndex]);
+      const float scale = scale_of(largest_magnitude(states[kIndex], block.count));
+      encode_block<Code>(states[kIndex], block.count, scale, rounding_of(true, seed, block.number), block.codes[kIndex]);
+      store(block.scales[kIndex], block.number, scale);
     } else {
+      store(block.scales[kIndex], block.number, scales[kIndex]);
       encoders[kIndex].template finish<Code>(states[kIndex], block.count, block.codes[kIndex]);
     }
   };
@@ -262,7 +265,7 @@ void update_blocks(const double* scalars, const Run& run) {
     block.grad = static_cast<const char*>(run.operands[kGrad]) + first * kBytes;
     for (int k = 0; k < Rule::kStates; ++k) {
       block.codes[k] = static_cast<uint8_t*>(run.operands[kFirstState + k]) + first;
-      block.scales[k] = static_cast<float*>(run.scales[k]) + number;
+      block.scales[k] = run.scales[k];
     }
     block.count = left < run.block_size ? left : run.block_size;
     block.number = number;

@@ -13,8 +13,8 @@ namespace {
 // What is added to the elements of a block, one after the other, before the fraction of their codes is cut off, as a 19-bit fraction of the
 // distance between two codes. One half: to the nearest. Otherwise a Weyl sequence, for stochastic rounding: where its start is uniform each
 // element of it is, so that rounding is right on average. 14 bits of it, since the second moment moves by a 1000th of its size in a step,
-// a 60th of that distance or less; the constant rest keeps 16 units from 0 and 1, so that the rounding errors of a decoded number, 6 units
-// at the most, do not move it.
+// a 30th of that distance or less; the constant rest keeps 16 units from 0 and 1, so that the rounding errors of a decoded number, a few
+// units, do not move it.
 constexpr int kOffsetBits = 19;
 
 class Offsets {
@@ -39,8 +39,10 @@ class Offsets {
   const uint32_t step_;
 };
 
-constexpr uint32_t kSign = 1u << 31, kInfinity = 0x7f800000;
-constexpr float kSmallestNormal = 0x1p-126f, kLargest = 0x1.fffffep+127f;
+constexpr uint32_t kInfinity = 0x7f800000, kNan = 0x7fc00000;
+
+// From bits; but NaN if `scale`, which has no sign, is infinite or NaN.
+inline float if_finite(float scale, uint32_t bits) { return float_of(bits_of(scale) < kInfinity ? bits : kNan); }
 
 // A code is written for vectors. It has:
 //   unit(scale), inverse(scale)           what decode and encode multiply with; NaN if the scale is not finite
@@ -56,24 +58,29 @@ template <bool kIsSigned>
 struct MuLaw {
   static constexpr bool kSigned = kIsSigned, kSignsApart = kIsSigned;
   static constexpr uint32_t kOne = 127u << 23, kZero = kOne >> kOffsetBits;
-  static constexpr float kMu = kSigned ? 247 : 63487;  // 1 + mu is 127 or 255 codes above 1
-  static constexpr float kLargestUnit = kSigned ? 0x1.0953fp+120f : 0x1.08432p+112f;
+  static constexpr float kMu = kSigned ? 247 : 63487;                                                 // 1 + mu is 127 or 255 codes above 1
+  static constexpr uint32_t kLeastUnit = 1u << 23, kLargestUnit = kSigned ? 0x7b84a9f8 : 0x77842190;  // as bits
 
   static float unit(float scale) {
-    const float exact = scale / kMu, unit = float_of((bits_of(exact) + 1) & ~1u);
-    if (!(scale - scale == 0)) return float_of(0x7fc00000);
-    return unit < kSmallestNormal ? kSmallestNormal : unit > kLargestUnit ? kLargestUnit : unit;
+    const float nearest = scale / kMu;
+    const uint32_t odd = bits_of(nearest) & 1;  // then to that neighbour of its to which the quotient is nearer
+    const uint32_t below = bits_of(fma(-nearest, kMu, scale)) >> 31;
+    uint32_t bits = bits_of(nearest) + odd - 2 * (odd & below);
+    bits = bits < kLeastUnit ? kLeastUnit : bits;
+    bits = bits > kLargestUnit ? kLargestUnit : bits;
+    return if_finite(scale, bits);
   }
 
   static float inverse(float scale) {
-    const float inverse = kMu / scale;
-    return inverse > 1 / kSmallestNormal ? 1 / kSmallestNormal : inverse;
+    constexpr uint32_t kLargestInverse = (2 * 127u - 1) << 23;  // of kLeastUnit
+    const uint32_t bits = bits_of(kMu / scale);
+    return if_finite(scale, bits > kLargestInverse ? kLargestInverse : bits);
   }
 
   [[gnu::always_inline]] static Floats decode(Ints codes, float unit) {
-    const Ints magnitudes = kSigned ? (codes < 0 ? -codes : codes) : codes;
-    const Floats values = fma(Floats((Words(magnitudes) >> (24 - kOffsetBits)) + kOne), unit, spread(-unit));
-    return kSigned ? Floats(Words(values) | (Words(codes) & kSign)) : values;
+    const Floats magnitudes = Floats(((kSigned ? absolute(codes) : Words(codes)) >> (24 - kOffsetBits)) + kOne);
+    const Floats units = kSigned ? with_sign_of(codes, spread(unit)) : spread(unit);
+    return fma(magnitudes, units, -units);
   }
 
   [[gnu::always_inline]] static Words encode(Floats values, float inverse, Words offsets) {
@@ -90,8 +97,8 @@ struct Linear {
   static_assert(127 * kUnit == 1);
 
   static float unit(float scale) {
-    if (!(scale - scale == 0)) return float_of(0x7fc00000);
-    return scale < 127 * kSmallestNormal ? 127 * kSmallestNormal : scale;
+    constexpr float kLeast = 127 * 0x1p-126f;
+    return if_finite(scale, bits_of(scale < kLeast ? kLeast : scale));
   }
 
   static float inverse(float scale) { return 127 / unit(scale); }

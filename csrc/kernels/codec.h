@@ -1,7 +1,6 @@
 // Codecs: how a stored value becomes the number a rule computes with, and back. A codec knows no optimizer.
 //
-// Encoding rounds once, to nearest even, overflows to infinity as IEEE 754 has it, and keeps NaN (binary16 with its upper bits, as the
-// processors' own conversion does: the rounding of 8-bit states depends on them). All conversions are written in integer
+// Encoding rounds once, to nearest even, overflows to infinity as IEEE 754 has it, and keeps NaN. All conversions are written in integer
 // and float arithmetic that the compiler vectorises for any instruction set. 16-bit subnormal numbers are kept also where the processor
 // flushes those of float (torch.set_flush_denormal).
 #pragma once
@@ -96,8 +95,7 @@ struct Float16 {
   static Real decode(Stored x) {
     constexpr uint32_t kRebias = uint32_t(127 - 15) << 23, kMaxExponent = 31u << 23, kSmallest = kRebias + (1u << 23);
     const uint32_t sign = uint32_t(x & 0x8000) << 16, magnitude = uint32_t(x & 0x7fff) << 13;
-    const uint32_t normal = magnitude + kRebias;
-    const uint32_t special = (normal + kRebias) | (magnitude > kMaxExponent ? 1u << 22 : 0);    // infinity or a quiet NaN
+    const uint32_t normal = magnitude + kRebias, special = normal + kRebias;                    // special: infinity or NaN
     const uint32_t subnormal = bits_of(float_of(magnitude + kSmallest) - float_of(kSmallest));  // exact
     return float_of(sign | (magnitude >= kMaxExponent ? special : magnitude < (1u << 23) ? subnormal : normal));
   }
@@ -108,7 +106,7 @@ struct Float16 {
     const uint32_t normal = (magnitude - kRebias + 0xfff + (magnitude >> 13 & 1)) >> 13;
     // The last bit of a number from one half up to one weighs 2^-24, as that of a subnormal binary16: the addition rounds.
     const uint32_t subnormal = bits_of(float_of(magnitude < kSmallest ? magnitude : 0) + 0.5f) - bits_of(0.5f);
-    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 | (magnitude >> 13 & 0x3ff) : 0x7c00;
+    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
     return static_cast<Stored>((bits >> 16 & 0x8000) | (magnitude >= kTooLarge ? special : magnitude < kSmallest ? subnormal : normal));
   }
 };

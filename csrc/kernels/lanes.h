@@ -29,6 +29,8 @@ constexpr int64_t kGroup = 32, kVectors = kGroup / kLanes;
 typedef uint8_t GroupOfBytes __attribute__((vector_size(kGroup)));
 static_assert(kMinBlock % kGroup == 0);
 
+constexpr uint32_t kSign = 1u << 31;
+
 // At any address.
 template <class V>
 [[gnu::always_inline]] inline V load_lanes(const void* memory) {
@@ -95,17 +97,27 @@ template <class A, class B>
   return x;
 }
 
-// b where a is NaN.
-[[gnu::always_inline]] inline Floats smaller(Floats a, Floats b) {
+// Of the lowest number, too, which has no negative one.
+[[gnu::always_inline]] inline Words absolute(Ints x) {
 #if defined(__AVX512BW__)
-  return Floats(_mm512_maskz_min_ps(0xffff, __m512(a), __m512(b)));
+  return Words(_mm512_maskz_abs_epi32(0xffff, __m512i(x)));
 #elif defined(__AVX2__)
-  return Floats(_mm256_min_ps(__m256(a), __m256(b)));
+  return Words(_mm256_abs_epi32(__m256i(x)));
 #else
-  return a < b ? a : b;
+  return x < 0 ? -Words(x) : Words(x);
 #endif
 }
 
+// x or -x.
+[[gnu::always_inline]] inline Floats with_sign_of(Ints sign, Floats x) {
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+  return Floats(_mm256_blendv_ps(__m256(x), __m256(-x), __m256(sign)));
+#else
+  return Floats(Words(x) ^ (Words(sign) & kSign));
+#endif
+}
+
+[[gnu::always_inline]] inline Words smaller(Words a, Words b) { return a < b ? a : b; }
 [[gnu::always_inline]] inline Words larger(Words a, Words b) { return a > b ? a : b; }
 
 }  // namespace
