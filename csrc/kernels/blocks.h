@@ -162,7 +162,7 @@ template <class Rule, class Value, int... kState>
 
   const float units[] = {CodeOfState<Rule, kState>::unit(load<float>(block.scales[kState], block.number))...};
   Words largest[Rule::kStates] = {}, param_sum = {};
-#pragma GCC unroll 1
+#pragma GCC unroll 2
   for (int64_t i = 0; i < end; i += kLanes) {
     const Floats p = decode_lanes<Value>(block.param + i * kBytes);
     param_sum += smaller(Words(p) & ~kSign, Words{} + kInfinity);  // the bits of a NaN differ between processors
