@@ -330,6 +330,25 @@ def test_slow_decay_is_right_on_average() -> None:
         assert float(moments[0][chosen].mean()) == pytest.approx(float(moments[1][chosen].mean()), rel=0.05)
 
 
+def test_second_moments_follow_while_parameters_stand_still() -> None:
+    """Neither they nor the first moment's scale then tell one step from the next: with lr=0, and the largest gradient always the same.
+
+    The random walk of a single value has a standard deviation of about 0.2 in the logarithm, so the mean of 2000 one of 0.005; with the same
+    draw in every step it was 2.
+    """
+    largest, grows = torch.arange(4096) % 256 == 0, torch.arange(4096) % 2 == 0
+    moments = []
+    for optimizer in (int8("Adam", (4096,)), fused_opt.Adam([torch.nn.Parameter(torch.zeros(4096))])):
+        optimizer.param_groups[0]["lr"] = 0.0
+        train(optimizer, 3000, lambda: torch.full((4096,), 0.1).masked_fill_(largest, 1.0))
+        train(optimizer, 3000, lambda: torch.where(largest, 1.0, torch.where(grows, 0.3, 0.03)))
+        (state,) = optimizer.state.values()
+        moments.append(decoded(state, "exp_avg_sq", 256) if "exp_avg_sq_scale" in state else state["exp_avg_sq"])
+    ratios = (moments[0] / moments[1])[~largest].log()
+    for chosen in (grows[~largest], ~grows[~largest]):
+        assert abs(float(ratios[chosen].mean())) < 0.05
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_a_gradient_that_is_not_finite_shows(case: Case, value: float) -> None:
