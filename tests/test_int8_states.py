@@ -333,8 +333,8 @@ def test_slow_decay_is_right_on_average() -> None:
 def test_second_moments_follow_while_parameters_stand_still() -> None:
     """Neither they nor the first moment's scale then tell one step from the next: with lr=0, and the largest gradient always the same.
 
-    The random walk of a single value has a standard deviation of about 0.2 in the logarithm, so the mean of 2000 one of 0.005; with the same
-    draw in every step it was 2.
+    The random walk of a single value has a standard deviation of about 0.2 in the logarithm, so the mean of 2000 one of 0.005; with the
+    same draw in every step it was 2.
     """
     largest, grows = torch.arange(4096) % 256 == 0, torch.arange(4096) % 2 == 0
     moments = []
