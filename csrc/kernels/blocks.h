@@ -53,6 +53,16 @@ template <class Code>
   }
 }
 
+// Where the scale is NaN codes mean nothing.
+[[gnu::noinline]] void clear(uint8_t* codes, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) codes[i] = 0;
+}
+
+// Without sign nothing is rounded to zero: a second moment that was positive stays so.
+[[gnu::noinline]] void keep_positive(const float* values, int64_t count, uint8_t* codes) {
+  for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(codes[i] | (codes[i] == 0 && load<float>(values, i) != 0));
+}
+
 // Encodes the groups of a block, which has one scale, one after the other.
 class GroupEncoder {
  public:
@@ -65,16 +75,15 @@ class GroupEncoder {
     store_lanes(codes, group);
   }
 
-  // What is left to do when all groups are encoded. Without sign nothing is rounded to zero: a second moment that was positive stays so.
-  // And where the scale is NaN codes mean nothing.
+  // Of all groups together.
   template <class Code>
   [[gnu::always_inline]] void finish(const float* values, int64_t count, uint8_t* codes) const {
     uint8_t smallest = 255;
     for (int64_t i = 0; i < kGroup; ++i) smallest = smallest_[i] < smallest ? smallest_[i] : smallest;
     if (inverse_ != inverse_)
-      for (int64_t i = 0; i < count; ++i) codes[i] = 0;
+      clear(codes, count);
     else if (!Code::kSigned && smallest == 0)
-      for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(codes[i] | (codes[i] == 0 && load<float>(values, i) != 0));
+      keep_positive(values, count, codes);
   }
 
  private:

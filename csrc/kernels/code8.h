@@ -80,7 +80,7 @@ struct MuLaw {
   [[gnu::always_inline]] static Floats decode(Ints codes, float unit) {
     const Floats magnitudes = Floats(((kSigned ? absolute(codes) : Words(codes)) >> (24 - kOffsetBits)) + kOne);
     const Floats units = kSigned ? with_sign_of(codes, spread(unit)) : spread(unit);
-    return fma(magnitudes, units, -units);
+    return kFastFma ? fma(magnitudes, units, -units) : (magnitudes - 1) * units;  // the same, since magnitudes - 1 is exact
   }
 
   [[gnu::always_inline]] static Words encode(Floats values, float inverse, Words offsets) {

@@ -76,6 +76,7 @@ struct Float16 {
     return Floats(_mm256_cvtph_ps(__m128i(x)));
 #else
     Floats real;
+#pragma GCC unroll 1
     for (int64_t i = 0; i < kLanes; ++i) real[i] = decode<float>(x[i]);
     return real;
 #endif
@@ -87,6 +88,7 @@ struct Float16 {
     return Lanes(_mm256_cvtps_ph(__m256(x), 0));
 #else
     Lanes stored;
+#pragma GCC unroll 1
     for (int64_t i = 0; i < kLanes; ++i) stored[i] = encode<float>(x[i]);
     return stored;
 #endif

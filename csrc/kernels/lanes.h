@@ -18,6 +18,12 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kLanes = 8;
 #endif
 
+#ifdef __FP_FAST_FMAF
+constexpr bool kFastFma = true;
+#else
+constexpr bool kFastFma = false;
+#endif
+
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
@@ -87,6 +93,9 @@ template <class A, class B>
   return Floats(_mm256_fmadd_ps(__m256(spread(a)), __m256(spread(b)), __m256(c)));
 #else
   const Floats x = spread(a), y = spread(b);
+#ifndef __FP_FAST_FMAF
+#pragma GCC unroll 1  // calls of the C library, which would make half of the extension
+#endif
   for (int64_t i = 0; i < kLanes; ++i) c[i] = fma(x[i], y[i], c[i]);
   return c;
 #endif

@@ -37,7 +37,7 @@ struct Lerp {
   }
 };
 
-constexpr int kNone = -1;
+constexpr int kNone = -1;  // kMoved, where `move` changes no state
 
 // What a rule makes of the gradient: turned round to maximize, and with L2 decay.
 template <bool l2, class T, class V>
