@@ -234,7 +234,7 @@ ROUNDINGS: dict[str, Callable[[Tensor, int, int, bool, torch.Generator], Tensor 
     "dither8": lambda scale, size, step, signed, generator: dither(scale, size, step, signed, 8),
     "dither4": lambda scale, size, step, signed, generator: dither(scale, size, step, signed, 4),
     "hash": lambda scale, size, step, signed, generator: block_hash(_scale_bits(scale), size),
-    # fused_opt's, with the step in place of the parameters' bits and the first moment's scale: so both moments have the same noise, too.
+    # fused_opt's, with the step in place of the bits of parameters and scales: so both moments have the same noise, too.
     "step-hash": lambda scale, size, step, signed, generator: block_hash(torch.full((len(scale),), step), size),
 }
 

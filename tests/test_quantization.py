@@ -316,8 +316,9 @@ def test_dequantize_rounds_once_into_any_layout(example: Example, dtype: torch.d
 
 
 @every_code
-def test_large_results_go_past_the_caches(code: str, threads: Callable[[int], None]) -> None:
-    """From 2^23 elements on; to where vectors start, and beside."""
+def test_large_results(code: str, threads: Callable[[int], None]) -> None:
+    """From 2^23 elements on they are written past the caches (by instructions that test_vector_code.py looks for); to where vectors start,
+    and beside."""
     x = random_values((2**23 + 300,), torch.float32, code, seed=9)
     q = quantize_blockwise(x, 4096, code=code)
     for count, offset in itertools.product((1, 3), (0, 1)):

@@ -78,6 +78,15 @@ def test_every_kernel_uses_whole_registers(isa: str, disassembly) -> None:
     assert checked == len([kernel for kernel in kernels if kernel[0] == "scalar"]) > 100
 
 
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_large_results_are_written_past_the_caches(isa: str, disassembly) -> None:
+    _, sections, instructions = disassembly
+    starts = [start for start, _ in sections]
+    streamed = re.compile(rf"vmovntps\s+%{REGISTER[isa]}")
+    inside = [instruction for address, instruction in instructions if sections[bisect_right(starts, address) - 1][1] == isa]
+    assert any(map(streamed.match, inside))
+
+
 def test_no_newer_instruction_outside_the_kernels_made_for_it(disassembly) -> None:
     """Code for AVX-512 that ran on the way to the dispatch, or in a shared inline function, would stop an older CPU."""
     _, sections, instructions = disassembly
