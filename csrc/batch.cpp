@@ -84,6 +84,10 @@ void place(Entry& entry, int k, const TensorInfo& t, Format format) {
   if (format == Format::kFloat64) entry.precision = Precision::kDouble;
 }
 
+bool is_aligned(const Operand& operand) {
+  return reinterpret_cast<uintptr_t>(operand.data) % static_cast<uintptr_t>(kFormatBytes[static_cast<int>(operand.format)]) == 0;
+}
+
 std::string describe(const TensorInfo& t) {
   std::string text = "shape (";
   for (int32_t d = 0; d < t.ndim; ++d) text += (d ? ", " : "") + std::to_string(t.shape[d]);
@@ -130,9 +134,9 @@ void Batch::attach_scales(Candidate& candidate, int operand, const TensorInfo& c
     refuse("state '" + name + "' has " + describe(codes) + ", but its codes are " + (slot.non_negative ? "uint8" : "int8"));
   if (!is_dense(codes) || !same_strides(codes, first)) refuse("the codes of its states are not densely packed in one and the same order");
   TensorInfo scales;
-  if (!read_state(index, layout_.slots.size() + k, tensor, scales) || !scales.on_cpu || scales.kind != 'f' || scales.bits != 32 ||
-      scales.ndim != 1 || !is_dense(scales))
-    refuse("the scales of state '" + name + "' are not a contiguous float32 tensor with one dimension, on the CPU");
+  if (!read_state(index, layout_.slots.size() + k, tensor, scales) || !(scales.device == entry.device) || scales.kind != 'f' ||
+      scales.bits != 32 || scales.ndim != 1 || !is_dense(scales))
+    refuse("the scales of state '" + name + "' are not a contiguous float32 tensor with one dimension, on the parameter's device");
   const int64_t block_size = block_size_of(codes.numel(), scales.numel());
   if (block_size == 0 || (k > 0 && block_size != entry.block_size))
     refuse("state '" + name + "' has " + std::to_string(codes.numel()) + " codes and " + std::to_string(scales.numel()) +
@@ -147,6 +151,7 @@ void Batch::clear() {
   held_.clear();
   params.clear();
   indices.clear();
+  table_indices.clear();
   written.clear();
   entries.clear();
   cohorts.clear();
@@ -174,7 +179,8 @@ const char* Batch::classify(PyObject* param, PyObject* grad, Candidate& candidat
   TensorInfo &p = candidate.param, &g = candidate.grad;
   Format param_format, grad_format;
   if (!reader_.read(param, p)) return "the parameter is not a plain strided tensor";
-  if (!p.on_cpu) return "the parameter is not on the CPU";
+  const Server server = servers_.of(p.device);
+  if (server == Server::kNobody) return p.device.is_cpu() ? "the parameter is on the CPU" : "the parameter is not on the CPU";
   if (!find_format(p, param_format)) return "the parameter's dtype is neither a floating point nor a complex one";
   const bool dense = is_dense(p);
   if (!dense && !surely_disjoint(p)) {
@@ -185,7 +191,7 @@ const char* Batch::classify(PyObject* param, PyObject* grad, Candidate& candidat
     return "the parameter's memory may overlap itself";
   }
   if (!reader_.read(grad, g)) return "the gradient is not a plain strided tensor";
-  if (!g.on_cpu) return "the gradient is not on the CPU";
+  if (!(g.device == p.device)) return "the gradient is on another device than the parameter";
   if (!find_format(g, grad_format)) return "the gradient's dtype is neither a floating point nor a complex one";
   if (is_complex(g) != is_complex(p)) return "of parameter and gradient only one is complex";
   if (!same_shape(g, p)) return "the gradient's shape differs from the parameter's";
@@ -201,6 +207,19 @@ const char* Batch::classify(PyObject* param, PyObject* grad, Candidate& candidat
   place(entry, kParam, p, param_format);
   place(entry, kGrad, g, grad_format);
   candidate.dense = dense && same_strides(g, p);
+  entry.device = p.device;
+  entry.in_tables = server == Server::kTables;
+  return entry.in_tables ? why_not_in_tables(candidate) : nullptr;
+}
+
+// Kernels on a device compute in fp32 and take elements in the order of memory.
+const char* Batch::why_not_in_tables(const Candidate& candidate) const {
+  const Entry& entry = candidate.entry;
+  if (!candidate.dense) return "parameter or gradient are not densely packed in one and the same order";
+  for (const int k : {kParam, kGrad}) {
+    if (entry.operands[k].format == Format::kFloat64) return "parameter or gradient are float64";
+    if (!is_aligned(entry.operands[k])) return "the address of parameter or gradient is no multiple of their element's size";
+  }
   return nullptr;
 }
 
@@ -212,7 +231,7 @@ bool Batch::read_state(size_t index, size_t position, PyObject* tensor, TensorIn
   hold.release();
   if (!reader_.read(tensor, out) || reader_.is_negated(tensor) || reader_.is_conjugated(tensor)) return false;
   const bool inference = reader_.check_inference(tensor);  // a tensor stays what it is, so what is held has been checked
-  if (!inference && out.on_cpu && out.numel() * out.bits / 8 <= kMaxHeldBytes) reader_.hold(tensor, hold);
+  if (!inference && out.numel() * out.bits / 8 <= kMaxHeldBytes) reader_.hold(tensor, hold);
   return true;
 }
 
@@ -259,12 +278,17 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
     Format format = Format::kFloat32;
     const bool codes = is_codes(s) && layout_.takes_codes;
     if (!same_shape(s, p) || is_complex(s) != is_complex(p) || !(codes || find_format(s, format))) refuse_state(slot.name, s, p);
-    if (!s.on_cpu) return decline("a state is not on the CPU");
+    if (!(s.device == p.device)) return decline("a state is on another device than the parameter");
     if (!same_strides(s, p)) {
       dense = false;
       if (!surely_disjoint(s)) return decline("a state's memory may overlap itself");
     }
     place(entry, operand, s, format);
+    if (entry.in_tables) {
+      if (!dense) return decline("its states are not densely packed in the parameter's order");
+      if (!codes && format == Format::kFloat64) return decline("a state is float64");
+      if (!codes && !is_aligned(entry.operands[operand])) return decline("the address of a state is no multiple of its element's size");
+    }
     if (codes || entry.block_size > 0) {
       PyObject* const scales = codes ? state(param_state, slot.scales, candidate) : nullptr;
       attach_scales(candidate, operand, s, states[0], scales);
@@ -276,13 +300,16 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
     PyObject* const tensor = state(param_state, layout_.counter, candidate);
     written.push_back(tensor);
     TensorInfo c;
-    if (!read_state(index, 2 * slots, tensor, c) || !c.on_cpu || c.kind != 'f' || c.bits < 32 || c.numel() != 1) {
+    if (!read_state(index, 2 * slots, tensor, c) || !(c.device.is_cpu() || (entry.in_tables && c.device == p.device)) || c.kind != 'f' ||
+        c.bits < 32 || c.numel() != 1) {
       written.resize(first_written);
-      return *because = "the step counter is not a one-element float32 or float64 tensor on the CPU", false;
+      return *because = "the step counter is not a one-element float32 or float64 tensor on the CPU or, where kernels run there, the GPU",
+             false;
     }
     entry.counter = c.data;
+    entry.counter_device = c.device;
     entry.counter_is_double = c.bits == 64;
-    step = entry.counter_is_double ? load<double>(c.data) : load<float>(c.data);
+    step = !c.device.is_cpu() ? Cohort::kUnknown : entry.counter_is_double ? load<double>(c.data) : load<float>(c.data);
   }
   entry.cohort = cohort(step, fresh);
   if (!dense && entry.count > 0) {
@@ -294,8 +321,9 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
   return true;
 }
 
-bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try {
+bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad, const Servers& servers) try {
   clear();
+  servers_ = servers;
   const bool stateful = !layout_.slots.empty() || layout_.counter != nullptr;
   StateCursor cursor(state, PyList_GET_SIZE(param_list) == 1);  // a single parameter may be anywhere
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_list); ++i) {
@@ -312,7 +340,7 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
       declined.emplace_back(i, because);
       continue;
     }
-    const bool complex_valued = is_complex(candidate.param);  // it may be moved from below
+    const bool complex_valued = is_complex(candidate.param), candidate_in_tables = candidate.entry.in_tables;  // it may be moved from below
     PyObject* const param_state = stateful ? cursor.find(param) : nullptr;
     if (param_state != nullptr) hold(param_state);
     const bool has_states = param_state != nullptr && PyDict_Check(param_state) && PyDict_GET_SIZE(param_state) > 0;
@@ -332,6 +360,7 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad) try 
     if (candidate.entry.operands[kParam].format != candidate.entry.operands[kGrad].format) mixed.push_back(i);
     params.push_back(param);
     indices.push_back(i);
+    if (candidate_in_tables) table_indices.push_back(i);
   }
   const size_t positions = static_cast<size_t>(PyList_GET_SIZE(param_list)) * (2 * layout_.slots.size() + 1);
   if (small_states_.size() > positions) small_states_.resize(positions);
@@ -370,9 +399,9 @@ Format Batch::kernel_format(const Entry& entry) const {
   return common ? own : entry.precision == Precision::kSingle ? Format::kFloat32 : Format::kFloat64;
 }
 
-void Batch::count_steps() {
+void Batch::count_steps(bool on_device) {
   for (const Entry& e : entries) {
-    if (e.counter == nullptr) continue;
+    if (e.counter == nullptr || !e.counter_device.is_cpu() || (on_device && e.in_tables && e.counter_device == e.device)) continue;
     if (e.counter_is_double)
       increment<double>(e.counter);
     else

@@ -15,8 +15,18 @@ namespace fused_opt {
 
 // Parameters that take the same scalars and flags: they have made the same number of steps, and their states are new or not.
 struct Cohort {
-  double step;  // steps made before this one; 0 for rules that do not count
+  static constexpr double kUnknown = -1;
+  double step;  // made before this one; 0 for rules that do not count, kUnknown if the counter is on a GPU
   bool fresh;   // the states were created for this step
+};
+
+// Who steps the tensors of a kind of device: nobody here, the CPU's kernels, or kernels on the device, which take tables (see tables.h).
+enum class Server : int { kNobody, kKernels, kTables };
+
+struct Servers {
+  Server cpu = Server::kKernels, gpu = Server::kNobody;
+
+  Server of(const Device& device) const { return device.is_cpu() ? cpu : device.is_gpu() ? gpu : Server::kNobody; }
 };
 
 // A state as optimizer.state has it: a tensor like the parameter, or codes and their blocks' scales.
@@ -38,10 +48,13 @@ struct Entry {
   int64_t bytes[kMaxOperands];  // from an operand's first byte to its last
   int64_t count;                // real numbers in each operand
   Precision precision;
+  Device device;
+  bool in_tables = false;  // for kernels on the device; else for those of the CPU
   int64_t block_size = 0;  // of states in 8-bit codes; 0 if they are none
   int walk = -1;           // index in Batch::walks if some operand is not densely packed, or not in the others' order
   int cohort;
   void* counter = nullptr;  // the step counter's memory
+  Device counter_device;
   bool counter_is_double = false;
 };
 
@@ -55,9 +68,10 @@ class Batch {
   // Reads the group; writes nothing. Every parameter with a gradient ends up in exactly one of: entries (with states), missing (to be
   // given states, see adopt), or declined (with the reason it cannot be served here). `state` maps parameters to dicts.
   // With assume_grad a parameter without gradient is read as if it had one of its own layout.
+  // `servers` says who steps the tensors of each device.
   // Throws on what no implementation could use: a state of a wrong shape or kind, a key that is missing, a parameter whose elements share
   // memory. False if all is as in most steps: nothing is missing, declined, mixed or complex.
-  bool gather(PyObject* params, PyObject* state, bool assume_grad);
+  bool gather(PyObject* params, PyObject* state, bool assume_grad, const Servers& servers);
 
   // Completes missing parameter number `i` with the dict of states just made for it.
   void adopt(size_t i, PyObject* param_state);
@@ -72,7 +86,8 @@ class Batch {
   Format kernel_format(const Entry& entry) const;
   int operand_count() const { return kFirstState + static_cast<int>(layout_.slots.size()); }
 
-  void count_steps();  // adds one to every counter
+  // Adds one to every counter in the CPU's memory; not to those of entries in tables if `on_device`, where kernels do it.
+  void count_steps(bool on_device);
 
   struct Candidate {
     Py_ssize_t index;
@@ -85,14 +100,16 @@ class Batch {
   std::vector<Candidate> missing;
   std::vector<std::pair<Py_ssize_t, const char*>> declined;
   std::vector<Walk> walks;
-  std::vector<Py_ssize_t> complex;  // indices of those of entries and missing that are complex
-  std::vector<Py_ssize_t> mixed;    // indices of parameters of entries and missing whose gradient has another dtype
-  std::vector<PyObject*> params;    // of entries and missing, in the order of the list
-  std::vector<Py_ssize_t> indices;  // theirs
-  std::vector<PyObject*> written;   // states and counters of entries
+  std::vector<Py_ssize_t> complex;        // indices of those of entries and missing that are complex
+  std::vector<Py_ssize_t> mixed;          // indices of parameters of entries and missing whose gradient has another dtype
+  std::vector<PyObject*> params;          // of entries and missing, in the order of the list
+  std::vector<Py_ssize_t> indices;        // theirs
+  std::vector<Py_ssize_t> table_indices;  // of those that kernels on a device take
+  std::vector<PyObject*> written;         // states and counters of entries
 
  private:
   const char* classify(PyObject* param, PyObject* grad, Candidate& candidate) const;
+  const char* why_not_in_tables(const Candidate& candidate) const;
   bool attach_states(PyObject* param_state, bool fresh, Candidate& candidate, const char** because);
   void attach_scales(Candidate& candidate, int operand, const TensorInfo& codes, const TensorInfo& first, PyObject* tensor);
   void check_shapes(PyObject* param_state, const TensorInfo& param) const;
@@ -103,6 +120,7 @@ class Batch {
 
   const TensorReader& reader_;
   const Layout layout_;
+  Servers servers_;
   std::vector<PyObject*> held_;     // a reference to every object whose memory is used, so that none is freed without the GIL
   std::vector<Hold> small_states_;  // by index and position: slots, their scales, the counter; see kMaxHeldBytes
 };

@@ -109,21 +109,20 @@ py::list to_list(const std::vector<PyObject*>& objects) {
 using Programs = std::vector<std::pair<unsigned, std::vector<double>>>;  // flags and scalars, one pair a cohort
 
 // Returns what ran, as told by the code that did it: the instruction set is the name compiled into the kernels' own object file, and the
-// number of threads is OpenMP's own; 0 if there was nothing to do.
+// number of threads is OpenMP's own; 0 if there was nothing to do for it.
 std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, const Programs& programs, const std::string& isa_name,
-                                int max_threads) {
+                                int max_threads, bool on_device) {
   const RuleInfo& rule = find_rule(rule_name);
   const Isa& isa = find_isa(isa_name);
   if (programs.size() != batch.cohorts.size()) throw py::value_error("one program per cohort is needed");
-  for (const auto& [flags, scalars] : programs)
-    if (flags >= rule.flag_combinations || scalars.size() != rule.scalars)
-      throw py::value_error("rule " + rule_name + " takes " + std::to_string(rule.scalars) + " scalars and flags below " +
-                            std::to_string(rule.flag_combinations));
-
   std::vector<Task> tasks;
   tasks.reserve(batch.entries.size());
   for (const Entry& entry : batch.entries) {
+    if (entry.in_tables) continue;
     const auto& [flags, scalars] = programs[static_cast<size_t>(entry.cohort)];
+    if (flags >= rule.flag_combinations || scalars.size() != rule.scalars)
+      throw py::value_error("rule " + rule_name + " takes " + std::to_string(rule.scalars) + " scalars and flags below " +
+                            std::to_string(rule.flag_combinations));
     const Format format = batch.kernel_format(entry);
     const KernelsByFormat& kernels = (isa.kernels->*rule.kernels)[flags];
     const Kernel kernel = (entry.block_size > 0 ? kernels.blocks : kernels.at)[static_cast<int>(format)];
@@ -131,12 +130,11 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
     const Walk* const walk = entry.walk < 0 ? nullptr : &batch.walks[static_cast<size_t>(entry.walk)];
     tasks.push_back({kernel, format, scalars.data(), codecs, batch.operand_count(), entry.operands, walk, entry.count, entry.block_size});
   }
-  if (tasks.empty()) return {isa.kernels->isa, 0};
-  int threads;
+  int threads = 0;
   {
     py::gil_scoped_release release;
-    threads = run_parallel(tasks, max_threads);
-    batch.count_steps();
+    if (!tasks.empty()) threads = run_parallel(tasks, max_threads);
+    batch.count_steps(on_device);
   }
   return {isa.kernels->isa, threads};
 }
@@ -167,13 +165,17 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("slots"), py::arg("counter"), py::arg("takes_codes"))
       .def(
           "gather",
-          [](Batch& self, const py::list& params, const py::dict& state, bool assume_grad) {
-            return self.gather(params.ptr(), state.ptr(), assume_grad);
+          [](Batch& self, const py::list& params, const py::dict& state, bool assume_grad, int cpu, int gpu) {
+            return self.gather(params.ptr(), state.ptr(), assume_grad, {static_cast<Server>(cpu), static_cast<Server>(gpu)});
           },
-          py::arg("params"), py::arg("state"), py::arg("assume_grad") = false)
+          py::arg("params"), py::arg("state"), py::arg("assume_grad") = false, py::arg("cpu") = static_cast<int>(Server::kKernels),
+          py::arg("gpu") = static_cast<int>(Server::kNobody))
       .def("adopt", [](Batch& self, size_t i, const py::dict& state) { self.adopt(i, state.ptr()); })
       .def("clear", &Batch::clear)
-      .def("run", &run, py::arg("rule"), py::arg("programs"), py::arg("isa"), py::arg("max_threads"))
+      .def("run", &run, py::arg("rule"), py::arg("programs"), py::arg("isa"), py::arg("max_threads"), py::arg("on_device") = false)
+      .def_property_readonly("table_indices", [](const Batch& self) { return self.table_indices; })
+      .def_property_readonly("in_tables", [](const Batch& self) { return !self.table_indices.empty(); })
+      .def_property_readonly("in_kernels", [](const Batch& self) { return self.indices.size() > self.table_indices.size(); })
       .def_property_readonly("missing",
                              [](const Batch& self) {
                                std::vector<Py_ssize_t> indices;
@@ -196,6 +198,7 @@ PYBIND11_MODULE(_cpu, m) {
         return list;
       });
 
+  add_tables(m);
   add_quantization(m);
 
   py::class_<Sharing>(m, "Sharing").def(py::init<>()).def("found", &Sharing::found, py::arg("batches"));

@@ -15,7 +15,8 @@ TensorReader& reader();
 // Throws ValueError if there is none of that name, or this CPU lacks it.
 const Isa& find_isa(const std::string& name);
 
-// Adds quantize, dequantize and measure to the module.
+// Add to the module: quantize, dequantize and measure; Tables.
 void add_quantization(pybind11::module_& m);
+void add_tables(pybind11::module_& m);
 
 }  // namespace fused_opt

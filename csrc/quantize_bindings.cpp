@@ -11,7 +11,7 @@ namespace {
 
 TensorInfo read_tensor(const py::handle& tensor, const std::string& what) {
   TensorInfo info;
-  if (!reader().read(tensor.ptr(), info) || !info.on_cpu || reader().is_negated(tensor.ptr()))
+  if (!reader().read(tensor.ptr(), info) || !info.device.is_cpu() || reader().is_negated(tensor.ptr()))
     throw py::value_error(what + " must be a plain strided tensor on the CPU, not lazily negated; clone() it there");
   return info;
 }

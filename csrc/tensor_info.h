@@ -8,13 +8,24 @@
 
 namespace fused_opt {
 
+// As DLPack names devices.
+struct Device {
+  int32_t type = 0, index = 0;
+
+  bool is_cpu() const { return type == kCpu; }
+  bool is_gpu() const { return type == kCuda || type == kRocm; }
+  bool operator==(const Device& o) const { return type == o.type && (index == o.index || is_cpu()); }
+
+  static constexpr int32_t kCpu = 1, kCuda = 2, kRocm = 10;
+};
+
 // What an update needs to know of a tensor. Pointers are borrowed from the tensor and live as long as it is neither freed nor resized.
 struct TensorInfo {
   void* data = nullptr;
   const int64_t* shape = nullptr;
   const int64_t* strides = nullptr;  // in elements
   int32_t ndim = 0;
-  bool on_cpu = false;
+  Device device;
   char kind = '?';  // 'f' IEEE float, 'b' bfloat16, 'c' complex, 'i' signed integer, 'u' unsigned integer, '?' any other
   uint8_t bits = 0;
   std::vector<int64_t> owned_dims;  // backs shape and strides where torch cannot lend them (before 2.10)

@@ -42,7 +42,6 @@ struct DLPackExchangeAPI {
 bool has_memory(const TensorInfo& t) { return t.data != nullptr || t.numel() == 0; }
 
 constexpr uint32_t kDLPackMajor = 1;
-constexpr int32_t kDLCPU = 1;
 enum { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
 
 }  // namespace
@@ -112,7 +111,7 @@ bool TensorReader::read(PyObject* tensor, TensorInfo& out) const {
   out.shape = t.shape;
   out.strides = t.strides;
   out.ndim = t.ndim;
-  out.on_cpu = t.device_type == kDLCPU;
+  out.device = {t.device_type, t.device_id};
   out.kind = t.dtype_code == kDLFloat     ? 'f'
              : t.dtype_code == kDLBfloat  ? 'b'
              : t.dtype_code == kDLComplex ? 'c'
@@ -133,7 +132,9 @@ bool TensorReader::read_by_methods(PyObject* object, TensorInfo& out) const {
     const bool is_int = dtype.rfind("torch.int", 0) == 0;
     out.kind = is_float ? 'f' : is_complex ? 'c' : dtype == "torch.bfloat16" ? 'b' : is_int ? 'i' : dtype == "torch.uint8" ? 'u' : '?';
     out.bits = static_cast<uint8_t>(8 * tensor.attr("element_size")().cast<int>());
-    out.on_cpu = tensor.attr("device").attr("type").cast<std::string>() == "cpu";
+    const auto device = tensor.attr("device").attr("type").cast<std::string>();
+    out.device.type = device == "cpu" ? Device::kCpu : device == "cuda" ? Device::kCuda : 0;  // ROCm's name in torch is cuda, too
+    out.device.index = out.device.is_gpu() ? tensor.attr("device").attr("index").cast<int32_t>() : 0;
     out.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
     out.owned_dims.clear();
     for (const char* name : {"size", "stride"})

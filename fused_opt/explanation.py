@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 
+from fused_opt.plan import GroupPlan, Plan, plan
 from fused_opt.quantization import block_size_of, scale_count
 from fused_opt.rules import Group
 from fused_opt.states import BLOCK_SIZE, Blocks, code_dtype, format_of_new_states, is_codes, scale_name
-from fused_opt.step import FusedStep, GroupPlan, Plan, plan
+from fused_opt.step import FusedStep
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Row:
     Attributes:
         group: index in `param_groups`.
         indices: of the parameters in the group's `params`.
-        path: "cpu-avx2" and the like for this package's native code, "torch" for torch's own step.
-        isa: the instruction set of the native code, or "" on torch's path.
+        path: "cpu-avx2" and the like for this package's native code, "triton" for its kernels on a GPU, "torch" for torch's own step.
+        isa: the instruction set of the native code on the CPU, or "" on the other paths.
         reason: why that path.
         dtype: of the parameters, without the "torch." prefix.
         states: the states a step uses and their dtypes, (name, dtype) each, in the rule's order; 8-bit codes with the elements in a block,
@@ -87,24 +89,24 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
             "make it with fused_opt.Adam, AdamW, RMSprop or SGD"
         )
     the_plan = plan(optimizer, assume_grad=True)
-    alike: dict[tuple[int, str, str, str, tuple[tuple[str, str], ...]], list[int]] = {}
+    alike: dict[tuple[int, str, str, str, str, tuple[tuple[str, str], ...]], list[int]] = {}
     state_bytes: dict[tuple[int, int], int] = {}
     for number, group in enumerate(the_plan.groups):
-        for index, isa, reason in _paths(the_plan, group):
+        for index, path, isa, reason in _paths(the_plan, group):
             found = list(_states(optimizer, group.group, index))
             state_bytes[number, index] = sum(size for _, _, size in found)
             dtype = _name(group.group["params"][index].dtype)
-            alike.setdefault((number, isa, reason, dtype, tuple((name, kind) for name, kind, _ in found)), []).append(index)
+            alike.setdefault((number, path, isa, reason, dtype, tuple((name, kind) for name, kind, _ in found)), []).append(index)
     the_plan.release()
     rows = []
-    for (number, isa, reason, dtype, states), indices in alike.items():
+    for (number, path, isa, reason, dtype, states), indices in alike.items():
         params = optimizer.param_groups[number]["params"]
         elements = sum(params[index].numel() for index in indices)
         rows.append(
             Row(
                 group=number,
                 indices=tuple(indices),
-                path=f"cpu-{isa}" if isa else "torch",
+                path=path,
                 isa=isa,
                 reason=reason,
                 dtype=dtype,
@@ -116,13 +118,23 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     return Explanation(type(optimizer).__name__, tuple(rows))
 
 
-def _paths(the_plan: Plan, group: GroupPlan) -> Iterator[tuple[int, str, str]]:
+def _paths(the_plan: Plan, group: GroupPlan) -> Iterator[tuple[int, str, str, str]]:
+    """Index, path, instruction set and reason of each parameter."""
     declined = dict(group.declined)
-    for index in range(len(group.group["params"])):
+    in_tables = set() if group.batch is None else set(group.batch.table_indices)
+    for index, param in enumerate(group.group["params"]):
         if index in declined:
-            yield index, "", declined[index]
+            yield index, "torch", "", declined[index]
+        elif index in in_tables:
+            yield index, "triton", "", f"on {param.device}, by Triton {version('triton')}{_by_interpreter()}"
         else:
-            yield index, the_plan.backend.isa, the_plan.backend.why
+            yield index, f"cpu-{the_plan.backend.isa}", the_plan.backend.isa, the_plan.backend.why
+
+
+def _by_interpreter() -> str:
+    from fused_opt.kernels.launch import launcher
+
+    return "'s interpreter" if launcher.takes_cpu else ""
 
 
 def _states(optimizer: FusedStep, group: Group, index: int) -> Iterator[tuple[str, str, int]]:

@@ -13,8 +13,9 @@ from fused_opt.native import native
 from fused_opt.states import asked_for, format_asked_for, is_codes
 
 if TYPE_CHECKING:
+    from fused_opt.plan import GroupPlan
     from fused_opt.rules import Group
-    from fused_opt.step import FusedStep, GroupPlan
+    from fused_opt.step import FusedStep
 
 # What torch wraps around the step of an optimizer class: hooks and the profiler's range.
 _HOOKS_CODE = Optimizer.profile_hook_step(Optimizer.step).__code__

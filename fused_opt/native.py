@@ -1,4 +1,7 @@
-"""The CPU backend: loads the extension and chooses the instruction set. Nothing here is an error until somebody needs the backend."""
+"""What serves steps here: loads the extension, chooses its instruction set, and finds out whether Triton can be used.
+
+Nothing here is an error until somebody needs it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BACKENDS = ("cpu", "torch")
+BACKENDS = ("cpu", "triton", "torch")
+
+# Who steps the tensors of a device: `Server` in csrc/batch.h.
+NOBODY, CPU_KERNELS, DEVICE_KERNELS = 0, 1, 2
+
+# Of a GPU by NVIDIA; the least that Triton 3.6 to 3.9 compile for.
+_LEAST_CAPABILITY = (7, 5)
 
 
 @dataclass(frozen=True)
@@ -19,13 +28,13 @@ class Native:
         module: the extension `fused_opt._cpu`, or None if torch's own step serves everything.
         isa: the instruction set that steps run on.
         why: the reason for `isa`, or for there being no module.
-        forced: whether FUSED_OPT_BACKEND=cpu forbids falling back to torch's step.
+        forced: "cpu" or "triton" if FUSED_OPT_BACKEND forbids all else, or "".
     """
 
     module: Any
     isa: str
     why: str
-    forced: bool
+    forced: str
 
 
 @functools.cache
@@ -37,8 +46,6 @@ def native() -> Native:
         RuntimeError: one of them names something that this installation or machine cannot do.
     """
     backend = os.environ.get("FUSED_OPT_BACKEND", "")
-    if backend == "triton":
-        raise RuntimeError("FUSED_OPT_BACKEND=triton: this version has no Triton backend; unset it, or use cpu or torch")
     if backend and backend not in BACKENDS:
         raise ValueError(f"FUSED_OPT_BACKEND={backend!r} is not a backend; use one of {', '.join(BACKENDS)}, or unset it")
     try:
@@ -51,13 +58,48 @@ def native() -> Native:
         why = f"the extension fused_opt._cpu cannot be used: {type(error).__name__}: {error}"
         if (Path(__file__).parents[1] / "csrc").is_dir():
             why += "; this is the source folder, which hides an installed package: run Python elsewhere, or pip install -e ."
-        if backend == "cpu":
-            raise RuntimeError(f"FUSED_OPT_BACKEND=cpu, but {why}; reinstall fused-opt, or unset it") from error
-        return Native(None, "", "FUSED_OPT_BACKEND=torch" if backend == "torch" else why, forced=False)
+        if backend in ("cpu", "triton"):
+            raise RuntimeError(f"FUSED_OPT_BACKEND={backend}, but {why}; reinstall fused-opt, or unset it") from error
+        return Native(None, "", "FUSED_OPT_BACKEND=torch" if backend == "torch" else why, forced="")
     isa, why = _choose_isa(dict(_cpu.isas()))
     if backend == "torch":
-        return Native(None, "", "FUSED_OPT_BACKEND=torch", forced=False)
-    return Native(_cpu, isa, why, forced=backend == "cpu")
+        return Native(None, "", "FUSED_OPT_BACKEND=torch", forced="")
+    if backend == "triton" and (problem := triton_problem()):
+        raise RuntimeError(f"FUSED_OPT_BACKEND=triton, but {problem}; or unset it")
+    return Native(_cpu, isa, why, forced="" if backend == "torch" else backend)
+
+
+@functools.cache
+def triton_problem() -> str:
+    """Why Triton's kernels cannot be used in this process, and what to do about it; "" if they can. Imports triton."""
+    import torch
+
+    try:
+        from fused_opt.kernels import launch
+    except ImportError as error:
+        return f"Triton cannot be used ({type(error).__name__}: {error}): pip install 'fused-opt[triton]'"
+    if launch.launcher.takes_cpu:
+        return ""
+    if not torch.cuda.is_available():
+        return (
+            "there is no GPU that this torch can use, and on the CPU Triton's kernels run by its interpreter only: set TRITON_INTERPRET=1 "
+            "before Python starts"
+        )
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+            return f"Triton has no kernels for cuda:{index} (compute capability {capability}, 7.5 is the least): hide it from this process"
+    return ""
+
+
+def gpu_server() -> int:
+    """Who steps the tensors of GPUs; whether Triton can is left to be found out until there are some."""
+    import torch
+
+    backend = native()
+    if backend.module is None or backend.forced == "cpu":
+        return NOBODY
+    return DEVICE_KERNELS if torch.cuda.is_initialized() else NOBODY  # type: ignore[no-untyped-call]  # as it is where tensors are on a GPU
 
 
 def _choose_isa(supported: dict[str, bool]) -> tuple[str, str]:

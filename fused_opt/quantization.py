@@ -12,7 +12,8 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
-from fused_opt.native import native
+from fused_opt import device_quantization
+from fused_opt.native import NOBODY, gpu_server, native, triton_problem
 
 BLOCK_SIZES = tuple(2**n for n in range(5, 13))
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -69,7 +70,7 @@ class QuantizedTensor:
             what = f"has shape {tuple(original.shape)}" if is_tensor else f"is a {type(original).__name__}"
             raise ValueError(f"the original {what}, the codes have shape {tuple(self.shape)}; give the tensor that was quantized")
         exact = original.detach().to(torch.float64)
-        errors = (self.dequantize(torch.empty(self.shape, dtype=torch.float64, device="cpu")) - exact).abs_()
+        errors = (self.dequantize(torch.empty(self.shape, dtype=torch.float64, device=self.codes.device)) - exact).abs_()
         if errors.numel() == 0:
             return QuantizationError(0.0, 0.0, 0.0)
         mean_square = float(errors.square().mean())
@@ -122,7 +123,8 @@ def quantize_blockwise(
     the first three codes) times 2^-126, the smallest normal number, x is relative to that.
 
     Args:
-        tensor: float32, float64, bfloat16 or float16, of any shape and strides, on the CPU. It is read as float32.
+        tensor: float32, float64, bfloat16 or float16, of any shape and strides, on the CPU or, with Triton, a GPU. It is read as float32.
+            The codes have the same bytes on both.
         block_size: elements of the flattened tensor that share a scale, a power of two from 32 to 4096; None: all of them.
         axis: the dimension along which each index has a scale of its own, as for the output channels of a weight; `block_size` is not used.
         code: the meaning of the codes, see above.
@@ -134,7 +136,7 @@ def quantize_blockwise(
         ValueError: an argument that cannot be; a value that is not finite in float32, or negative where the code has no sign. `out` is
             unchanged then.
         TypeError: the tensor is none, or of a dtype that cannot be quantized.
-        RuntimeError: the tensor is not on the CPU, or this installation lacks its extension.
+        RuntimeError: the tensor is on a device without kernels, or this installation lacks its extension.
     """
     _check_tensor(tensor, "tensor")
     if code not in CODES:
@@ -171,12 +173,12 @@ def dequantize_blockwise(quantized: QuantizedTensor, out: torch.Tensor | None = 
 
     Args:
         quantized: what `quantize_blockwise` returned.
-        out: a floating-point tensor of the same shape, on the CPU, of any strides; it is overwritten and returned. Rounded to its dtype, to
-            nearest even. Default: a new tensor of the dtype that was quantized.
+        out: a floating-point tensor of the same shape, on the codes' device, of any strides; it is overwritten and returned. Rounded to its
+            dtype, to nearest even. Default: a new tensor of the dtype that was quantized.
 
     Raises:
         TypeError, ValueError: codes, scales or `out` that do not fit together. Nothing has been written then.
-        RuntimeError: something is not on the CPU, or this installation lacks its extension.
+        RuntimeError: something is on another device, or on one without kernels, or this installation lacks its extension.
     """
     if not isinstance(quantized, QuantizedTensor):
         raise TypeError(f"expected a QuantizedTensor, not {type(quantized).__name__}; make one with quantize_blockwise")
@@ -190,8 +192,11 @@ def dequantize_blockwise(quantized: QuantizedTensor, out: torch.Tensor | None = 
     if quantized.codes.dtype != _CODE_DTYPES[quantized.code]:
         raise TypeError(f"codes of {quantized.code!r} are {_CODE_DTYPES[quantized.code]}, not {quantized.codes.dtype}")
     if out is None:
-        out = torch.empty(quantized.shape, dtype=quantized.dtype, device="cpu")
+        out = torch.empty(quantized.shape, dtype=quantized.dtype, device=quantized.codes.device)
     _check_tensor(out, "out")
+    for name in ("codes", "scales"):
+        if getattr(quantized, name).device != out.device:
+            raise RuntimeError(f"{name} are on {getattr(quantized, name).device}, but out is on {out.device}; move one to the other")
     if out.shape != quantized.shape:
         raise ValueError(
             f"out has shape {tuple(out.shape)}, the codes have {tuple(quantized.shape)}; make it with torch.empty_like(codes, dtype=...)"
@@ -235,7 +240,7 @@ def step_seeds(param: torch.Tensor, states: Mapping[str, torch.Tensor], block_si
         return torch.nn.functional.pad(bits, (0, -len(bits) % block_size)).view(-1, block_size)
 
     if not param.numel():
-        return torch.empty(0, dtype=torch.int64, device="cpu")
+        return torch.empty(0, dtype=torch.int64, device=param.device)
     counted = [state for name, state in states.items() if name != "momentum_buffer" or len(states) == 1]
     scale_sum = torch.stack([bits_in_blocks(state, 0x7FC00000).amax(1) for state in counted]).sum(0)
     return (scale_sum & 0xFFFFFFFF) << 32 | bits_in_blocks(param, 0x7F800000).sum(1) & 0xFFFFFFFF
@@ -275,7 +280,10 @@ def _check_tensor(tensor: Any, what: str) -> None:
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{what} has dtype {tensor.dtype}; cast it to one of {', '.join(map(str, _DTYPES))}")
     if tensor.device.type != "cpu":
-        raise RuntimeError(f"{what} is on {tensor.device}; blocks are quantized on the CPU only: pass {what}.cpu()")
+        if tensor.device.type != "cuda" or gpu_server() == NOBODY:
+            raise RuntimeError(f"{what} is on {tensor.device}, where blocks are not quantized: pass {what}.cpu()")
+        if triton_problem():
+            raise RuntimeError(f"{what} is on {tensor.device}, but {triton_problem()}; or pass {what}.cpu()")
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -296,10 +304,10 @@ def _elements_in_a_block(tensor: torch.Tensor, block_size: int | None, axis: int
 def _empty(tensor: torch.Tensor, code: str, size: int, axis: int | None) -> QuantizedTensor:
     """Codes whose memory is in the order of the blocks."""
     if axis is None:
-        codes = torch.empty(tensor.shape, dtype=_CODE_DTYPES[code], device="cpu")
+        codes = torch.empty(tensor.shape, dtype=_CODE_DTYPES[code], device=tensor.device)
     else:
-        codes = torch.empty(tensor.movedim(axis, 0).shape, dtype=_CODE_DTYPES[code], device="cpu").movedim(0, axis)
-    scales = torch.empty(scale_count(tensor.numel(), size), dtype=torch.float32, device="cpu")
+        codes = torch.empty(tensor.movedim(axis, 0).shape, dtype=_CODE_DTYPES[code], device=tensor.device).movedim(0, axis)
+    scales = torch.empty(scale_count(tensor.numel(), size), dtype=torch.float32, device=tensor.device)
     return QuantizedTensor(codes, scales, code, tensor.dtype, size, axis)
 
 
@@ -337,11 +345,14 @@ def _table_or_name(code: str) -> Any:
     return code if not code.endswith("dynamic") else dynamic_table(signed=code == "dynamic")
 
 
-def _call(function: str, *args: Any) -> None:
+def _call(function: str, tensor: torch.Tensor, *args: Any) -> None:
     backend = native()
     if backend.module is None:
         raise RuntimeError(f"8-bit codes need the extension, and {backend.why}")
-    getattr(backend.module, function)(*args, backend.isa, torch.get_num_threads())
+    if tensor.device.type != "cpu" or backend.forced == "triton":
+        getattr(device_quantization, function)(tensor, *args)
+    else:
+        getattr(backend.module, function)(tensor, *args, backend.isa, torch.get_num_threads())
 
 
 @functools.cache

@@ -1,12 +1,14 @@
 """What each update rule needs for a step, as data: its states, its flags and its scalars.
 
-The arithmetic itself is written once per backend (CPU: csrc/kernels/rules.h). Every scalar is computed here, in Python's float64, and
-handed to the backend, which rounds it once to the parameter's precision; so all backends compute with the same numbers.
+The arithmetic itself is written once per backend (CPU: csrc/kernels/rules.h, GPU: kernels/rules.py). Every scalar is computed here, in
+Python's float64, and handed to the backend, which rounds it once to the parameter's precision; so all backends compute with the same
+numbers. Where step counter or learning rate are on a GPU, kernels/scalars.py compiles the same text.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +40,11 @@ class Rule:
         name: the backend's name for it.
         counter: state key of the step counter, or "" if the rule does not count.
         slots: param group -> state keys that the step reads and writes, in the backend's order, which is also torch's.
-        program: (param group, step, fresh) -> flags and scalars, of which the first is a factor of the gradient. `step` is 1 in the first
-            step; `fresh` says that the states were created for this very step.
+        flags: (param group, fresh) -> compile-time options. `fresh` says that the states were created for this very step.
+        constants: param group -> numbers, of which the first is the gradient's sign, the others are its options.
+        scalars: (constants, lr, step, factor, power, root) -> what the backend computes with, in its order; the first is a factor of the
+            gradient. `step` is 1 in the first step, `factor` is what gradients are to be multiplied with. Plain arithmetic, which also
+            compiles to a kernel; `power` and `root` are then the kernel's.
         l2: param group -> whether weight decay is added to the gradient (and not decoupled from it).
         lerps: param group -> whether torch's update moves a state towards the gradient by `lerp`, which refuses a gradient of
             another dtype.
@@ -52,12 +57,21 @@ class Rule:
     name: str
     counter: str
     slots: Callable[[Group], tuple[str, ...]]
-    program: Callable[[Group, float, bool], Program]
+    flags: Callable[[Group, bool], int]
+    constants: Callable[[Group], tuple[float, ...]]
+    scalars: Callable[..., tuple[Any, ...]]
     l2: Callable[[Group], bool]
     lerps: Callable[[Group], bool]
     zero_states: bool = True
     sparse: bool = False
     takes_codes: Callable[[Group], bool] = _always
+
+    def program(self, group: Group, step: float, fresh: bool) -> Program:
+        """Flags and scalars of a step, from float64 numbers."""
+        if group.get("foreach") and self.counter and "betas" in group and not isinstance(group["lr"], float | int):
+            raise RuntimeError("lr as a Tensor is not supported for capturable=False and foreach=True; leave foreach out, or set a float")
+        scalars = self.scalars(self.constants(group), float(group["lr"]), step, 1.0, operator.pow, math.sqrt)
+        return self.flags(group, fresh), scalars
 
 
 def _decays(group: Group) -> bool:
@@ -77,30 +91,44 @@ def _adam_l2(group: Group) -> bool:
     return _decays(group) and not group.get("decoupled_weight_decay", False)
 
 
-def _adam_program(group: Group, step: float, fresh: bool) -> Program:
-    return _any_adam_program(group, step, _adam_l2(group))
+def _sign(group: Group) -> float:
+    return -1.0 if group["maximize"] else 1.0
 
 
-def _adamw_program(group: Group, step: float, fresh: bool) -> Program:
-    return _any_adam_program(group, step, l2=False)
+def _adam_flags(group: Group, fresh: bool) -> int:
+    return AMSGRAD * bool(group["amsgrad"]) + ADAM_L2 * _adam_l2(group)
 
 
-def _any_adam_program(group: Group, step: float, l2: bool) -> Program:
-    if group.get("foreach") and not isinstance(group["lr"], float | int):
-        raise RuntimeError("lr as a Tensor is not supported for capturable=False and foreach=True; leave foreach out, or set a float")
-    lr, weight_decay, (beta1, beta2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
-    beta1, beta2 = float(beta1), float(beta2)
-    flags = AMSGRAD * bool(group["amsgrad"]) + ADAM_L2 * l2
-    return flags, (
-        -1.0 if group["maximize"] else 1.0,
+def _adamw_flags(group: Group, fresh: bool) -> int:
+    return AMSGRAD * bool(group["amsgrad"])
+
+
+def _adam_constants(group: Group) -> tuple[float, ...]:
+    return _any_adam_constants(group, _adam_l2(group))
+
+
+def _adamw_constants(group: Group) -> tuple[float, ...]:
+    return _any_adam_constants(group, l2=False)
+
+
+def _any_adam_constants(group: Group, l2: bool) -> tuple[float, ...]:
+    weight_decay, (beta1, beta2) = float(group["weight_decay"]), group["betas"]
+    return _sign(group), weight_decay, 0.0 if l2 else weight_decay, float(beta1), float(beta2), float(group["eps"])
+
+
+def adam_scalars(constants, lr, step, factor, power, root):  # type: ignore[no-untyped-def]
+    """Of Adam and AdamW."""
+    sign, weight_decay, decoupled_decay, beta1, beta2, eps = constants
+    return (
+        factor * sign,
         weight_decay,
-        1.0 if l2 else 1 - lr * weight_decay,
+        1 - lr * decoupled_decay,
         1 - beta1,
         beta2,
         1 - beta2,
-        math.sqrt(1 - beta2**step),
-        float(group["eps"]),
-        -(lr / (1 - beta1**step)),
+        root(1 - power(beta2, step)),
+        eps,
+        -(lr / (1 - power(beta1, step))),
     )
 
 
@@ -109,22 +137,36 @@ def _rmsprop_slots(group: Group) -> tuple[str, ...]:
     return ("square_avg", *momentum, "grad_avg") if group["centered"] else ("square_avg", *momentum)
 
 
-def _rmsprop_program(group: Group, step: float, fresh: bool) -> Program:
-    alpha, momentum, weight_decay = float(group["alpha"]), float(group["momentum"]), float(group["weight_decay"])
-    flags = CENTERED * bool(group["centered"]) + RMSPROP_MOMENTUM * (momentum > 0) + RMSPROP_L2 * _decays(group)
-    sign = -1.0 if group["maximize"] else 1.0
-    return flags, (sign, weight_decay, alpha, 1 - alpha, float(group["eps"]), momentum, -float(group["lr"]))
+def _rmsprop_flags(group: Group, fresh: bool) -> int:
+    return CENTERED * bool(group["centered"]) + RMSPROP_MOMENTUM * (float(group["momentum"]) > 0) + RMSPROP_L2 * _decays(group)
+
+
+def _rmsprop_constants(group: Group) -> tuple[float, ...]:
+    return _sign(group), float(group["weight_decay"]), float(group["alpha"]), float(group["eps"]), float(group["momentum"])
+
+
+def rmsprop_scalars(constants, lr, step, factor, power, root):  # type: ignore[no-untyped-def]
+    """Of RMSprop."""
+    sign, weight_decay, alpha, eps, momentum = constants
+    return factor * sign, weight_decay, alpha, 1 - alpha, eps, momentum, -lr
 
 
 def _sgd_slots(group: Group) -> tuple[str, ...]:
     return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
 
-def _sgd_program(group: Group, step: float, fresh: bool) -> Program:
-    momentum, weight_decay = float(group["momentum"]), float(group["weight_decay"])
-    flags = SGD_MOMENTUM * (momentum != 0) + NESTEROV * bool(group["nesterov"]) + FIRST * fresh + SGD_L2 * _decays(group)
-    sign = -1.0 if group["maximize"] else 1.0
-    return flags, (sign, weight_decay, momentum, 1 - float(group["dampening"]), -float(group["lr"]))
+def _sgd_flags(group: Group, fresh: bool) -> int:
+    return SGD_MOMENTUM * (float(group["momentum"]) != 0) + NESTEROV * bool(group["nesterov"]) + FIRST * fresh + SGD_L2 * _decays(group)
+
+
+def _sgd_constants(group: Group) -> tuple[float, ...]:
+    return _sign(group), float(group["weight_decay"]), float(group["momentum"]), float(group["dampening"])
+
+
+def sgd_scalars(constants, lr, step, factor, power, root):  # type: ignore[no-untyped-def]
+    """Of SGD."""
+    sign, weight_decay, momentum, dampening = constants
+    return factor * sign, weight_decay, momentum, 1 - dampening, -lr
 
 
 def _centered(group: Group) -> bool:
@@ -137,7 +179,17 @@ def _not_centered(group: Group) -> bool:
     return not group["centered"]
 
 
-ADAM = Rule("adam", "step", _adam_slots, _adam_program, l2=_adam_l2, lerps=_always)
-ADAMW = Rule("adam", "step", _adam_slots, _adamw_program, l2=_never, lerps=_always)
-RMSPROP = Rule("rmsprop", "step", _rmsprop_slots, _rmsprop_program, l2=_decays, lerps=_centered, takes_codes=_not_centered)
-SGD = Rule("sgd", "", _sgd_slots, _sgd_program, l2=_decays, lerps=_never, zero_states=False, sparse=True)
+ADAM = Rule("adam", "step", _adam_slots, _adam_flags, _adam_constants, adam_scalars, l2=_adam_l2, lerps=_always)
+ADAMW = Rule("adam", "step", _adam_slots, _adamw_flags, _adamw_constants, adam_scalars, l2=_never, lerps=_always)
+RMSPROP = Rule(
+    "rmsprop",
+    "step",
+    _rmsprop_slots,
+    _rmsprop_flags,
+    _rmsprop_constants,
+    rmsprop_scalars,
+    l2=_decays,
+    lerps=_centered,
+    takes_codes=_not_centered,
+)
+SGD = Rule("sgd", "", _sgd_slots, _sgd_flags, _sgd_constants, sgd_scalars, l2=_decays, lerps=_never, zero_states=False, sparse=True)

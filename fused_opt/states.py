@@ -169,7 +169,9 @@ def new_state(rule: Rule, group: Group, index: int) -> State:
     state = {}
     if rule.counter:
         wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-        state[rule.counter] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
+        beside_param = group.get("capturable") or group.get("fused")  # where torch has it
+        device = param.device if beside_param else torch.device("cpu")
+        state[rule.counter] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
     made = format_of_new_states(rule, group, index)
     for slot in rule.slots(group):
         state.update(new_slot(slot, param, made, zeros=rule.zero_states))

@@ -1,47 +1,29 @@
-"""One optimizer step: first read and check everything (`plan`), then write (`Plan.run`)."""
+"""The mixin that replaces the step of a torch optimizer, and completes its constructor."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch._compile import _disable_dynamo
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_opt import fallback
 from fused_opt.checkpoints import loading, saved
 from fused_opt.errors import completed
-from fused_opt.native import Native, native
-from fused_opt.rules import NON_NEGATIVE, Group, Program, Rule
-from fused_opt.states import (
-    STORAGE_OPTIONS,
-    State,
-    asks_for_8bit,
-    check_gradient_dtype,
-    check_storage_options,
-    format_of_new_states,
-    new_state,
-    scale_name,
-)
+from fused_opt.native import native
+from fused_opt.plan import Kept, Ran, plan
+from fused_opt.rules import Group, Rule
+from fused_opt.states import STORAGE_OPTIONS, asks_for_8bit, check_storage_options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
 
-    from fused_opt import _cpu
-
-
-class Ran(NamedTuple):
-    """What a native call ran on."""
-
-    isa: str
-    threads: int
+    from fused_opt import device
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -54,8 +36,9 @@ class FusedStep(torch.optim.Optimizer):
     _rule: ClassVar[Rule]
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
     _default_state_dtype: ClassVar[str | None] = None
-    _kept: _Kept
+    _kept: Kept
     _last_ran: Ran | None = None  # the newest native call: for tests and reports, to prove which code ran
+    _last_launched: device.Ran | None = None  # likewise of kernels on a device
 
     if TYPE_CHECKING:
 
@@ -145,14 +128,6 @@ class FusedStep(torch.optim.Optimizer):
         return loss
 
 
-@dataclass(slots=True)
-class _Kept:
-    """What a step has allocated and verified, for the next one to use. An attribute of the optimizer that torch leaves out of copies."""
-
-    batches: dict[tuple[int, tuple[str, ...]], _cpu.Batch] = field(default_factory=dict)  # by group index and states
-    sharing: _cpu.Sharing | None = None
-
-
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(FusedStep._step)
 
 
@@ -200,180 +175,3 @@ def _refuse_8bit_options(options: dict[str, Any]) -> None:
     for name in ("block_size", "min_8bit_size"):
         if name in options:
             raise ValueError(f"{name}={options[name]} has no effect without 8-bit states; pass state_dtype='int8', or leave it out")
-
-
-@dataclass(slots=True)
-class GroupPlan:
-    """A param group's part of the step: what the native code takes (`batch`), and what it does not."""
-
-    group: Group
-    slots: tuple[str, ...]
-    batch: _cpu.Batch | None  # None if nothing of this group is native
-    missing: Sequence[int]  # of the batch: index in group["params"] of those that have no states yet
-    programs: Sequence[Program]  # one for each cohort of the batch
-    declined: Sequence[tuple[int, str]]  # index in group["params"], reason
-
-
-@dataclass(slots=True)
-class Plan:
-    """Everything that a step will do. Making one writes nothing."""
-
-    optimizer: FusedStep
-    backend: Native
-    groups: list[GroupPlan]
-    kept: _Kept
-
-    def run(self) -> None:
-        """Do it: torch's share, then the native one. What fails, does so before the native part writes, and leaves all as it was."""
-        optimizer = self.optimizer
-        native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
-        grad_scale: torch.Tensor | None = None
-        if "found_inf" in optimizer.__dict__ and native_groups:
-            # Set by GradScaler on optimizers made with fused=True, as torch's fused step expects them.
-            found_inf, grad_scale = optimizer.__dict__["found_inf"], optimizer.__dict__.get("grad_scale")
-            if found_inf is not None and found_inf.item():
-                return
-        declines = any(group.declined for group in self.groups)
-        if declines:
-            fallback.check(optimizer, self.groups)
-        new_states = [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
-        if native_groups and self.kept.sharing is None:
-            self.kept.sharing = self.backend.module.Sharing()
-        in_order = self.kept.sharing is not None and self.kept.sharing.found([batch for _, batch in native_groups])
-        try:
-            if not in_order:
-                for (group, batch), states in zip(native_groups, new_states, strict=True):
-                    self._adopt(group.group["params"], batch, states)
-            if declines:
-                fallback.step(optimizer, self.groups, grad_scale)
-        except BaseException:
-            for (group, _), states in zip(native_groups, new_states, strict=True):
-                self._forget(group, states)
-            raise
-        factor = 1.0 if grad_scale is None else 1 / float(grad_scale)
-        for (group, batch), states in zip(native_groups, new_states, strict=True):
-            if in_order:
-                self._run_in_order(group.group, batch, dict(zip(group.missing, states, strict=True)), factor)
-            else:
-                self._run_batch(batch, _programs(optimizer._rule, group.group, batch) if states else group.programs, factor)
-        if grad_scale is not None:  # torch's fused kernels leave unscaled gradients behind, too
-            fallback.unscale([param for group in optimizer.param_groups for param in group["params"]], grad_scale)
-
-    def release(self) -> None:
-        """Drop every reference to tensors, and keep what was allocated for the next step."""
-        kept = self.kept
-        kept.batches.clear()  # of groups and states that are no longer
-        for index, group in enumerate(self.groups):
-            if group.batch is not None:
-                group.batch.clear()
-                kept.batches[index, group.slots] = group.batch
-        self.optimizer._kept = kept
-
-    def _run_in_order(self, group: Group, batch: _cpu.Batch, new_states: dict[int, State], factor: float) -> None:
-        """A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop."""
-        rule, state, params = self.optimizer._rule, self.optimizer.state, group["params"]
-        batch.gather(list(params), state)  # groups before this one may have changed it
-        indices, stateless = batch.indices, set(batch.missing)
-        for i in indices:
-            if i in stateless and not rule.zero_states:  # torch decides which buffers are new before the first update
-                for slot in rule.slots(group):
-                    state[params[i]].pop(slot, None)
-            batch.gather([params[i]], state)
-            self._adopt([params[i]], batch, [new_states[i]] if batch.missing else [])
-            self._run_batch(batch, _programs(rule, group, batch), factor)
-
-    def _run_batch(self, batch: _cpu.Batch, programs: Sequence[Program], factor: float) -> None:
-        if factor != 1:
-            programs = [(flags, (factor * sign, *scalars)) for flags, (sign, *scalars) in programs]
-        increment_version(batch.written)  # for autograd, whose checks do not see our writes
-        isa, threads = batch.run(self.optimizer._rule.name, programs, self.backend.isa, torch.get_num_threads())
-        if threads:
-            self.optimizer._last_ran = Ran(isa, threads)
-
-    def _adopt(self, params: Sequence[torch.Tensor], batch: _cpu.Batch, new_states: Sequence[State]) -> None:
-        if new_states:
-            for n, (i, states) in enumerate(zip(batch.missing, new_states, strict=True)):
-                state = self.optimizer.state[params[i]]
-                state.update(states)
-                batch.adopt(n, state)
-
-    def _forget(self, group: GroupPlan, new_states: Sequence[State]) -> None:
-        """Take new states out again."""
-        for i, states in zip(group.missing, new_states, strict=True):
-            param = group.group["params"][i]
-            if param in self.optimizer.state:
-                for slot in states:
-                    self.optimizer.state[param].pop(slot, None)
-                if not self.optimizer.state[param]:
-                    del self.optimizer.state[param]
-
-    def _new_states(self, group: Group, missing: Sequence[int]) -> list[State]:
-        return [new_state(self.optimizer._rule, group, i) for i in missing]
-
-
-def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
-    """Read every parameter, gradient and state of `optimizer` and decide who serves it.
-
-    With `assume_grad`, parameters without a gradient are treated as if they had one of their own layout.
-    """
-    backend = native()
-    # Taken out while in use: another thread, or explain(), must not find a batch whose kernels are running.
-    kept = optimizer.__dict__.pop("_kept", None) or _Kept()
-    groups = [_plan_group(optimizer, backend, kept, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
-    if backend.forced:
-        for i, group in enumerate(groups):
-            for index, reason in group.declined:
-                raise RuntimeError(
-                    f"FUSED_OPT_BACKEND=cpu, but parameter {index} of group {i} cannot be served: {reason}; "
-                    "unset it to let torch's own step serve this parameter"
-                )
-    return Plan(optimizer, backend, groups, kept)
-
-
-def _plan_group(optimizer: FusedStep, backend: Native, kept: _Kept, index: int, group: Group, assume_grad: bool) -> GroupPlan:
-    params = group["params"]
-    reason = _why_not_native(backend, group)
-    if reason:
-        with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
-        return GroupPlan(group, (), None, (), (), [(i, reason) for i in with_grad])
-    check_storage_options(group)
-    rule = optimizer._rule
-    slots = rule.slots(group)
-    batch: _cpu.Batch = kept.batches.get((index, slots)) or backend.module.Batch(
-        [(slot, scale_name(slot), slot in NON_NEGATIVE) for slot in slots], rule.counter, rule.takes_codes(group)
-    )
-    missing: Sequence[int] = ()
-    declined: Sequence[tuple[int, str]] = ()
-    if batch.gather(params if type(params) is list else list(params), optimizer.state, assume_grad):
-        missing, declined = batch.missing, batch.declined
-        if group.get("fused") and batch.complex:
-            raise RuntimeError(
-                f"`fused=True` requires all the params to be floating point Tensors, but parameter {batch.complex[0]} of group {index} has "
-                f"dtype {params[batch.complex[0]].dtype}; leave fused out: without it, too, the step is fused"
-            )
-        for i in batch.mixed:
-            check_gradient_dtype(rule, group, i)
-        for i in missing:
-            format_of_new_states(rule, group, i)
-    try:
-        programs = _programs(rule, group, batch)
-        if missing:  # compute theirs too, to fail before anything is written
-            rule.program(group, 1.0, True)
-    except (TypeError, ValueError) as error:
-        options = {name: value for name, value in group.items() if name != "params"}
-        raise type(error)(f"param group {index} has an option of a value that cannot be used: {error}; its options are {options}") from None
-    return GroupPlan(group, slots, None if declined and not batch.indices else batch, missing, programs, declined)
-
-
-def _why_not_native(backend: Native, group: Group) -> str:
-    if backend.module is None:
-        return backend.why
-    if group.get("differentiable"):
-        return "differentiable=True: autograd must see the update"
-    if group.get("capturable"):
-        return "capturable=True asks for torch's formula on the device"
-    return ""
-
-
-def _programs(rule: Rule, group: Group, batch: _cpu.Batch) -> list[Program]:
-    return [rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts]

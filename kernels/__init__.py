@@ -1,1 +1,1 @@
-"""Triton kernels. Empty in this version: the GPU backend is not written yet."""
+"""Triton kernels. Imported only where a GPU, or Triton's interpreter, is used."""

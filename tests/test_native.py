@@ -43,8 +43,8 @@ def test_the_widest_supported_set_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     ("variable", "value", "error", "message"),
     [
         ("FUSED_OPT_CPU_ISA", "avx1024", ValueError, "avx1024.*scalar.*unset"),
-        ("FUSED_OPT_BACKEND", "gpu", ValueError, "gpu.*cpu, torch"),
-        ("FUSED_OPT_BACKEND", "triton", RuntimeError, "no Triton backend"),
+        ("FUSED_OPT_BACKEND", "gpu", ValueError, "gpu.*cpu, triton, torch"),
+        ("FUSED_OPT_BACKEND", "triton", RuntimeError, "TRITON_INTERPRET=1"),
     ],
 )
 def test_a_forced_choice_that_does_not_exist_is_an_error(

@@ -14,7 +14,7 @@ import torch
 
 import fused_opt
 from fused_opt.native import native
-from fused_opt.step import plan
+from fused_opt.plan import plan
 from helpers import assert_same_bits
 
 PARAM = [torch.nn.Parameter(torch.ones(2))]

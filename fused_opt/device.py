@@ -1,0 +1,248 @@
+"""A step's share that runs by Triton kernels: tables are copied to the device, then each bucket of tensors is one launch.
+
+A bucket is what one kernel can serve: tensors on one device, of the same dtypes, states of the same format, the same compile-time options;
+in whatever param group. Its tables, with the addresses of the tensors, are copied only if they changed. The step's scalars are copied in
+every step or, where something they depend on is on the device (step counters, a learning rate, a gradient scaler), computed there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fused_opt.native import native
+from fused_opt.rules import Group, Program, Rule
+
+if TYPE_CHECKING:
+    from fused_opt import _cpu
+
+_CPU, _TYPES = 1, {1: "cpu", 2: "cuda", 10: "cuda"}  # DLPack's numbers; ROCm's devices are called cuda in torch
+
+# Columns of the tables, as kernels/step.py and kernels/scalars.py have them.
+SCALAR_COLUMNS, RUN, GRAD_SCALE = 12, 9, 10
+CONSTANT_COLUMNS, FIRST_CONSTANT = 12, 4
+
+
+class Share(NamedTuple):
+    """What a param group has for the device."""
+
+    group: Group
+    batch: _cpu.Batch
+    programs: Sequence[Program]  # one for each cohort
+
+
+class Scaler(NamedTuple):
+    """A gradient scaler's tensors, float32, of one element: whether an infinity was found, and what gradients are to be divided by."""
+
+    found_inf: torch.Tensor
+    grad_scale: torch.Tensor | None
+
+
+class Ran(NamedTuple):
+    """What a step launched: for tests and reports."""
+
+    step_launches: int
+    scalar_launches: int
+    uploads: int
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """What one launch serves."""
+
+    device: torch.device
+    step: Any  # kernels.variants.Variant
+    rows: torch.Tensor
+    chunks: torch.Tensor
+    scalars: Any = None  # the variant that computes them, or None
+
+
+@dataclass(slots=True)
+class _Launch:
+    variant: Any
+    device: torch.device
+    programs: int
+    arguments: tuple[Any, ...]
+
+
+def computes_scalars(group: Group, batch: _cpu.Batch) -> bool:
+    """Whether the scalars of a group have to be computed on the device."""
+    lr = group["lr"]
+    return (
+        bool(group.get("capturable"))
+        or (isinstance(lr, torch.Tensor) and lr.device.type != "cpu")
+        or any(step < 0 for step, _ in batch.cohorts)
+    )
+
+
+class DeviceStep:
+    """Kept from one step to the next: the tables on the devices. Use: `prepare`, which writes no parameter or state, then `run`."""
+
+    def __init__(self, captured: list[Any]) -> None:
+        from fused_opt.kernels import launch, variants
+
+        self._launch_module, self._variants = launch, variants
+        self._tables = native().module.Tables(variants.CHUNK)
+        self._buckets: list[_Bucket] = []
+        self._constants: dict[torch.device, tuple[bytes, torch.Tensor]] = {}
+        self._captured = captured  # what graphs refer to: they do not keep it alive
+        self._uploads = 0
+        self._launches: list[_Launch] = []
+        self.ran = Ran(0, 0, 0)
+
+    def prepare(self, rule: Rule, shares: Sequence[Share], on_device: bool, scaler: Scaler | None, unscales: bool) -> None:
+        """Compile what is new and copy what has changed.
+
+        Args:
+            rule: of all of them.
+            shares: the groups.
+            on_device: compute scalars on the device; otherwise they are in the shares' programs.
+            scaler: only if `on_device`.
+            unscales: whether gradients are divided by the scaler's scale where they lie.
+        """
+        self._uploads = 0
+        self._tables.begin()
+        row = 0
+        for share in shares:
+            self._tables.add(share.batch, [flags for flags, _ in share.programs], row, on_device)
+            row += len(share.programs)
+        found = self._tables.finish()
+        unscales = unscales and scaler is not None and scaler.grad_scale is not None
+        self._buckets = [self._bucket(rule, i, unscales, *each) for i, each in enumerate(found)]
+        self._launches = []
+        shared: dict[torch.device, torch.Tensor] = {}  # scalars or constants
+        for bucket in self._buckets:
+            device = bucket.device
+            if device not in shared:
+                shared[device] = self._upload_constants(rule, shares, device) if on_device else self._upload_scalars(shares, device)
+            if on_device:
+                self._prepare_on_device(rule, bucket, shared[device], scaler)
+            else:
+                self._add(bucket, bucket.step, len(bucket.chunks), (bucket.rows, bucket.chunks, shared[device]))
+        if any(
+            _capturing(bucket.device) for bucket in self._buckets
+        ):  # what was copied here is not there before the graph is replayed, and must stay as long as the graph
+            self._captured.append((self._buckets, shared, self._launches))
+            self._tables, self._buckets, self._constants = native().module.Tables(self._variants.CHUNK), [], {}
+
+    def run(self) -> None:
+        """Launch what was prepared."""
+        launcher = self._launch_module.launcher
+        for launch in self._launches:
+            with current_device(launch.device):
+                launcher.launch(launch.variant, launch.device, launch.programs, launch.arguments)
+        scalar_launches = sum(launch.variant.counts_steps for launch in self._launches)
+        self.ran = Ran(len(self._launches) - scalar_launches, scalar_launches, self._uploads)
+        self._launches = []
+
+    def _bucket(
+        self,
+        rule: Rule,
+        i: int,
+        unscales: bool,
+        device_key: tuple[int, int],
+        flags: int,
+        formats: tuple[str, ...],
+        block_size: int,
+        rows: int,
+        chunks: int,
+        rows_changed: bool,
+        chunks_changed: bool,
+    ) -> _Bucket:
+        device = torch.device(_TYPES[device_key[0]]) if device_key[0] == _CPU else torch.device(_TYPES[device_key[0]], device_key[1])
+        param, grad, *states = formats
+        variant = self._variants.step_variant(rule.name, flags, param, grad, tuple(states), block_size, unscales)
+        known = self._buckets[i] if i < len(self._buckets) else None
+        if known is None or rows_changed:
+            host = _new_host((rows, native().module.table_columns), torch.int64, device)
+            self._tables.copy_rows(i, host.data_ptr())
+            row_table = self._upload(host, device)
+        else:
+            row_table = known.rows
+        if known is None or chunks_changed:
+            host = _new_host((chunks, 2), torch.int32, device)
+            self._tables.copy_chunks(i, host.data_ptr())
+            chunk_table = self._upload(host, device)
+        else:
+            chunk_table = known.chunks
+        return _Bucket(device, variant, row_table, chunk_table)
+
+    def _prepare_on_device(self, rule: Rule, bucket: _Bucket, constants: torch.Tensor, scaler: Scaler | None) -> None:
+        scalars = torch.empty(len(bucket.rows), SCALAR_COLUMNS, dtype=torch.float32, device=bucket.device)
+        found_inf = grad_scale = None
+        if scaler is not None:
+            found_inf = scaler.found_inf.to(bucket.device, torch.float32, non_blocking=True)
+            scale = torch.ones((), device=bucket.device) if scaler.grad_scale is None else scaler.grad_scale
+            grad_scale = scale.to(bucket.device, torch.float32, non_blocking=True)
+        variant = self._variants.scalars_variant(rule.name, scaler is not None)
+        self._add(bucket, variant, len(bucket.rows), (bucket.rows, constants, scalars, found_inf, grad_scale))
+        self._add(bucket, bucket.step, len(bucket.chunks), (bucket.rows, bucket.chunks, scalars))
+
+    def _add(self, bucket: _Bucket, variant: Any, programs: int, arguments: tuple[Any, ...]) -> None:
+        if programs:
+            with current_device(bucket.device):
+                self._launch_module.launcher.prepare(variant, bucket.device, arguments)
+            self._launches.append(_Launch(variant, bucket.device, programs, arguments))
+
+    def _upload_scalars(self, shares: Sequence[Share], device: torch.device) -> torch.Tensor:
+        rows = []
+        for share in shares:
+            for _, scalars in share.programs:
+                row = [*scalars, *(0.0,) * (SCALAR_COLUMNS - len(scalars))]
+                row[RUN] = row[GRAD_SCALE] = 1.0
+                rows.append(row)
+        host = _new_host((len(rows), SCALAR_COLUMNS), torch.float32, device)
+        host.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+        return self._upload(host, device)
+
+    def _upload_constants(self, rule: Rule, shares: Sequence[Share], device: torch.device) -> torch.Tensor:
+        """A row for each cohort, as kernels/scalars.py reads it."""
+        content = b"".join(_constants_row(rule, share, step, device) for share in shares for step, _ in share.batch.cohorts)
+        known = self._constants.get(device)
+        if known is not None and known[0] == content:
+            return known[1]
+        host = _new_host((len(content) // 8 // CONSTANT_COLUMNS, CONSTANT_COLUMNS), torch.float64, device)
+        host.copy_(torch.frombuffer(bytearray(content), dtype=torch.float64).view_as(host))
+        table = self._upload(host, device)
+        self._constants[device] = content, table
+        return table
+
+    def _upload(self, host: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self._uploads += 1
+        if device.type == "cpu":
+            return host
+        if _capturing(device):
+            self._captured.append(host)
+        with current_device(device):
+            return host.to(device, non_blocking=True)
+
+
+def _constants_row(rule: Rule, share: Share, steps: float, device: torch.device) -> bytes:
+    lr = share.group["lr"]
+    address = is_double = 0
+    value = 0.0
+    if isinstance(lr, torch.Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):
+        address, is_double = lr.data_ptr(), int(lr.dtype == torch.float64)
+    else:
+        value = float(lr)
+    constants = rule.constants(share.group)
+    padding = (0.0,) * (CONSTANT_COLUMNS - FIRST_CONSTANT - len(constants))
+    return struct.pack(f"dqdd{CONSTANT_COLUMNS - FIRST_CONSTANT}d", value, address, float(is_double), steps + 1, *constants, *padding)
+
+
+def _new_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory from which a device copies without making the host wait."""
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type != "cpu")
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+
+
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)

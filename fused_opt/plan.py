@@ -1,0 +1,293 @@
+"""One optimizer step: first read and check everything (`plan`), then write (`Plan.run`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.autograd.graph import increment_version
+
+from fused_opt import fallback
+from fused_opt.device import DeviceStep, Scaler, Share, computes_scalars
+from fused_opt.native import CPU_KERNELS, DEVICE_KERNELS, NOBODY, Native, gpu_server, native, triton_problem
+from fused_opt.rules import NON_NEGATIVE, Group, Program, Rule
+from fused_opt.states import State, check_gradient_dtype, check_storage_options, format_of_new_states, new_state, scale_name
+
+if TYPE_CHECKING:
+    from fused_opt import _cpu
+    from fused_opt.step import FusedStep
+
+
+class Ran(NamedTuple):
+    """What a native call ran on."""
+
+    isa: str
+    threads: int
+
+
+@dataclass(slots=True)
+class Kept:
+    """What a step has allocated and verified, for the next one to use. An attribute of the optimizer that torch leaves out of copies."""
+
+    batches: dict[tuple[int, tuple[str, ...]], _cpu.Batch] = field(default_factory=dict)  # by group index and states
+    sharing: _cpu.Sharing | None = None
+    device: DeviceStep | None = None
+
+
+@dataclass(slots=True)
+class GroupPlan:
+    """A param group's part of the step: what the native code takes (`batch`), and what it does not."""
+
+    group: Group
+    slots: tuple[str, ...]
+    batch: _cpu.Batch | None  # None if nothing of this group is native
+    missing: Sequence[int]  # of the batch: index in group["params"] of those that have no states yet
+    programs: Sequence[Program]  # one for each cohort of the batch
+    declined: Sequence[tuple[int, str]]  # index in group["params"], reason
+
+
+@dataclass(slots=True)
+class Plan:
+    """Everything that a step will do. Making one writes nothing."""
+
+    optimizer: FusedStep
+    backend: Native
+    groups: list[GroupPlan]
+    kept: Kept
+
+    def run(self) -> None:
+        """Do it: torch's share, then the native one. What fails, does so before the native part writes, and leaves all as it was."""
+        optimizer = self.optimizer
+        native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
+        if any(batch.in_tables for _, batch in native_groups):
+            optimizer._cuda_graph_capture_health_check()
+        scaler = _scaler(optimizer) if native_groups else None
+        if scaler is not None and self._waits_for_scaler() and scaler.found_inf.item():
+            return
+        declines = any(group.declined for group in self.groups)
+        if declines:
+            fallback.check(optimizer, self.groups)
+        new_states = [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
+        if native_groups and self.kept.sharing is None:
+            self.kept.sharing = self.backend.module.Sharing()
+        in_order = self.kept.sharing is not None and self.kept.sharing.found([batch for _, batch in native_groups])
+        shares: list[Share] = []
+        on_device = False
+        try:
+            if not in_order:
+                for (group, batch), states in zip(native_groups, new_states, strict=True):
+                    self._adopt(group.group["params"], batch, states)
+                    programs = _programs(optimizer._rule, group.group, batch) if states else group.programs
+                    shares.append(Share(group.group, batch, programs))
+                on_device = self._prepare(shares, scaler, unscales=True)
+            if declines:
+                fallback.step(optimizer, self.groups, scaler and scaler.grad_scale)
+        except BaseException:
+            for (group, _), states in zip(native_groups, new_states, strict=True):
+                self._forget(group, states)
+            raise
+        if in_order:
+            for (group, _), states in zip(native_groups, new_states, strict=True):
+                self._run_in_order(group, dict(zip(group.missing, states, strict=True)), scaler)
+        else:
+            self._run(shares, on_device, scaler)
+        if scaler is not None and scaler.grad_scale is not None:  # torch's fused kernels leave unscaled gradients behind, too
+            done = set() if in_order else {id(share.group["params"][i]) for share in shares for i in share.batch.table_indices}
+            params = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in done]
+            fallback.unscale(params, scaler.grad_scale)
+
+    def release(self) -> None:
+        """Drop every reference to tensors, and keep what was allocated for the next step."""
+        kept = self.kept
+        kept.batches.clear()  # of groups and states that are no longer
+        for index, group in enumerate(self.groups):
+            if group.batch is not None:
+                group.batch.clear()
+                kept.batches[index, group.slots] = group.batch
+        self.optimizer._kept = kept
+
+    def _waits_for_scaler(self) -> bool:
+        """Whether the host has to know that the scaler found an infinity: all but kernels on a device can leave out a step only by not
+        being called, counters in the host's memory are counted by it, and a buffer whose first value is the gradient has none before."""
+        for group in self.groups:
+            batch = group.batch
+            if batch is None or group.declined or batch.in_kernels or (group.missing and not self.optimizer._rule.zero_states):
+                return True
+            on_cpu = group.group["params"][batch.indices[0]].device.type == "cpu"
+            if self.optimizer._rule.counter and not on_cpu and any(step >= 0 for step, _ in batch.cohorts):
+                return True
+        return False
+
+    def _prepare(self, shares: Sequence[Share], scaler: Scaler | None, unscales: bool) -> bool:
+        """Make kernels on devices ready. Returns whether they compute the scalars and count steps. With `unscales` also the gradients."""
+        shares = [share for share in shares if share.batch.in_tables]
+        if not shares:
+            return False
+        on_device = scaler is not None or any(computes_scalars(share.group, share.batch) for share in shares)
+        if self.kept.device is None:
+            self.kept.device = DeviceStep(self.optimizer.__dict__.setdefault("_captured", []))
+        self.kept.device.prepare(self.optimizer._rule, shares, on_device, scaler, unscales)
+        return on_device
+
+    def _run(self, shares: Sequence[Share], on_device: bool, scaler: Scaler | None) -> None:
+        for share in shares:
+            increment_version(share.batch.written)  # for autograd, whose checks do not see our writes
+        if any(share.batch.in_tables for share in shares) and self.kept.device is not None:
+            self.kept.device.run()
+            self.optimizer._last_launched = self.kept.device.ran
+        factor = 1.0
+        if scaler is not None and scaler.grad_scale is not None and any(share.batch.in_kernels for share in shares):
+            factor = 1 / float(scaler.grad_scale)
+        for _, batch, programs in shares:
+            if factor != 1 and batch.in_kernels:
+                programs = [(flags, (factor * sign, *scalars)) for flags, (sign, *scalars) in programs]
+            isa, threads = batch.run(self.optimizer._rule.name, programs, self.backend.isa, torch.get_num_threads(), on_device)
+            if threads:
+                self.optimizer._last_ran = Ran(isa, threads)
+
+    def _run_in_order(self, plan: GroupPlan, new_states: dict[int, State], scaler: Scaler | None) -> None:
+        """A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop."""
+        rule, state, group, batch = self.optimizer._rule, self.optimizer.state, plan.group, plan.batch
+        assert batch is not None
+        params = group["params"]
+        _gather(batch, list(params), self.optimizer, group)  # groups before this one may have changed it
+        indices, stateless = batch.indices, set(batch.missing)
+        for i in indices:
+            if i in stateless and not rule.zero_states:  # torch decides which buffers are new before the first update
+                for slot in rule.slots(group):
+                    state[params[i]].pop(slot, None)
+            _gather(batch, [params[i]], self.optimizer, group)
+            self._adopt([params[i]], batch, [new_states[i]] if batch.missing else [])
+            shares = [Share(group, batch, _programs(rule, group, batch))]
+            self._run(shares, self._prepare(shares, scaler, unscales=False), scaler)
+
+    def _adopt(self, params: Sequence[torch.Tensor], batch: _cpu.Batch, new_states: Sequence[State]) -> None:
+        if new_states:
+            for n, (i, states) in enumerate(zip(batch.missing, new_states, strict=True)):
+                state = self.optimizer.state[params[i]]
+                state.update(states)
+                batch.adopt(n, state)
+
+    def _forget(self, group: GroupPlan, new_states: Sequence[State]) -> None:
+        """Take new states out again."""
+        for i, states in zip(group.missing, new_states, strict=True):
+            param = group.group["params"][i]
+            if param in self.optimizer.state:
+                for slot in states:
+                    self.optimizer.state[param].pop(slot, None)
+                if not self.optimizer.state[param]:
+                    del self.optimizer.state[param]
+
+    def _new_states(self, group: Group, missing: Sequence[int]) -> list[State]:
+        return [new_state(self.optimizer._rule, group, i) for i in missing]
+
+
+def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
+    """Read every parameter, gradient and state of `optimizer` and decide who serves it.
+
+    With `assume_grad`, parameters without a gradient are treated as if they had one of their own layout.
+    """
+    backend = native()
+    # Taken out while in use: another thread, or explain(), must not find a batch whose kernels are running.
+    kept = optimizer.__dict__.pop("_kept", None) or Kept()
+    groups = [_plan_group(optimizer, backend, kept, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
+    if backend.forced:
+        for i, group in enumerate(groups):
+            for index, reason in group.declined:
+                raise RuntimeError(
+                    f"FUSED_OPT_BACKEND={backend.forced}, but parameter {index} of group {i} cannot be served: {reason}; "
+                    "unset it to let others, or torch's own step, serve this parameter"
+                )
+    return Plan(optimizer, backend, groups, kept)
+
+
+def _plan_group(optimizer: FusedStep, backend: Native, kept: Kept, index: int, group: Group, assume_grad: bool) -> GroupPlan:
+    params = group["params"]
+    reason = _why_not_native(backend, group)
+    if reason:
+        with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
+        return GroupPlan(group, (), None, (), (), [(i, reason) for i in with_grad])
+    check_storage_options(group)
+    rule = optimizer._rule
+    slots = rule.slots(group)
+    batch: _cpu.Batch = kept.batches.get((index, slots)) or backend.module.Batch(
+        [(slot, scale_name(slot), slot in NON_NEGATIVE) for slot in slots], rule.counter, rule.takes_codes(group)
+    )
+    missing: Sequence[int] = ()
+    declined: Sequence[tuple[int, str]] = ()
+    if _gather(batch, params if type(params) is list else list(params), optimizer, group, assume_grad):
+        missing = batch.missing
+        declined = [(i, _explained(reason, group)) for i, reason in batch.declined]
+        if group.get("fused") and batch.complex:
+            raise RuntimeError(
+                f"`fused=True` requires all the params to be floating point Tensors, but parameter {batch.complex[0]} of group {index} has "
+                f"dtype {params[batch.complex[0]].dtype}; leave fused out: without it, too, the step is fused"
+            )
+        for i in batch.mixed:
+            check_gradient_dtype(rule, group, i)
+        for i in missing:
+            format_of_new_states(rule, group, i)
+    try:
+        programs = _programs(rule, group, batch)
+        if missing and batch.in_kernels:  # compute theirs too, to fail before anything is written
+            rule.program(group, 1.0, True)
+    except (TypeError, ValueError) as error:
+        options = {name: value for name, value in group.items() if name != "params"}
+        raise type(error)(f"param group {index} has an option of a value that cannot be used: {error}; its options are {options}") from None
+    return GroupPlan(group, slots, None if declined and not batch.indices else batch, missing, programs, declined)
+
+
+def _gather(batch: _cpu.Batch, params: list[torch.Tensor], optimizer: FusedStep, group: Group, assume_grad: bool = False) -> bool:
+    """As Batch.gather, for whoever serves the devices of this process."""
+    cpu, gpu = _cpu_server(group), gpu_server()
+    unusual = batch.gather(params, optimizer.state, assume_grad, cpu, gpu)
+    if batch.in_tables and triton_problem():
+        unusual = batch.gather(params, optimizer.state, assume_grad, cpu, NOBODY)
+    return unusual
+
+
+def _cpu_server(group: Group) -> int:
+    if native().forced == "triton":
+        from fused_opt.kernels.launch import launcher
+
+        return DEVICE_KERNELS if launcher.takes_cpu else NOBODY
+    return NOBODY if group.get("capturable") else CPU_KERNELS
+
+
+def _why_not_native(backend: Native, group: Group) -> str:
+    if backend.module is None:
+        return backend.why
+    if group.get("differentiable"):
+        return "differentiable=True: autograd must see the update"
+    if any(isinstance(beta, torch.Tensor) and beta.device.type != "cpu" for beta in group.get("betas", ())):
+        return "a beta is a tensor on a device"
+    return ""
+
+
+def _explained(reason: str, group: Group) -> str:
+    """What the native code says, which does not know options and installations."""
+    if reason == "the parameter is on the CPU":
+        if native().forced == "triton":
+            return f"{reason}, where Triton's kernels run by its interpreter only (TRITON_INTERPRET=1)"
+        return "capturable=True, which torch does not support for parameters on the CPU"
+    if reason == "the parameter is not on the CPU" and gpu_server() != NOBODY and triton_problem():
+        return f"{reason}; {triton_problem()}"
+    return reason
+
+
+def _programs(rule: Rule, group: Group, batch: _cpu.Batch) -> list[Program]:
+    """Where all scalars are computed on a device, those here are none."""
+    elsewhere = batch.in_tables and not batch.in_kernels and computes_scalars(group, batch)
+    return [
+        (rule.flags(group, fresh), ()) if elsewhere or step < 0 else rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts
+    ]
+
+
+def _scaler(optimizer: FusedStep) -> Scaler | None:
+    """Set by GradScaler on optimizers made with fused=True, as torch's fused step expects them."""
+    found_inf, grad_scale = optimizer.__dict__.get("found_inf"), optimizer.__dict__.get("grad_scale")
+    if found_inf is None and grad_scale is None:
+        return None
+    return Scaler(torch.zeros((), device="cpu") if found_inf is None else found_inf, grad_scale)

@@ -1,0 +1,92 @@
+"""The kernel that computes a step's scalars on the device, where step counters or learning rate are: nobody has to wait for them.
+
+It also counts the steps, and leaves all out where a gradient scaler found infinities. Its formulas are those of fused_opt/rules.py.
+"""
+
+import triton
+import triton.language as tl
+
+from fused_opt import rules as specs
+from fused_opt.kernels.step import COLUMNS, GRAD_SCALE, RUN, SCALAR_COLUMNS, SCALARS
+
+# Columns of `tensors`, beside those in kernels/step.py.
+CONSTANTS = tl.constexpr(11)  # row of `constants`
+COUNTER = tl.constexpr(12)  # address of the step counter, or 0
+COUNTER_IS_DOUBLE = tl.constexpr(13)
+
+# Columns of `constants`, float64, a row for each cohort of tensors.
+LR = tl.constexpr(0)
+LR_ADDRESS = tl.constexpr(1)  # an integer's bits; 0 if `LR` has the value
+LR_IS_DOUBLE = tl.constexpr(2)
+STEP = tl.constexpr(3)  # of this step, where there is no counter on the device
+FIRST_CONSTANT = tl.constexpr(4)
+CONSTANT_COLUMNS = tl.constexpr(12)
+
+FORMULAS = {rule.name: (triton.jit(rule.scalars), constants) for rule, constants in ((specs.ADAM, 6), (specs.RMSPROP, 5), (specs.SGD, 4))}
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent for a whole exponent of 0 or more, by squaring, as float64."""
+    result = base * 0.0 + 1.0
+    left = exponent.to(tl.int64)
+    while left > 0:
+        if left % 2 == 1:
+            result = result * base
+        base = base * base
+        left = left // 2
+    return result
+
+
+@triton.jit
+def root(x):
+    return tl.sqrt(x)
+
+
+@triton.jit
+def load_real(address, IS_DOUBLE):
+    """A float32 or float64 number, as float64."""
+    if IS_DOUBLE != 0:
+        x = tl.load(address.to(tl.pointer_type(tl.float64)))
+    else:
+        x = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return x
+
+
+@triton.jit
+def compute_scalars(
+    tensors, constants, scalars, found_inf, grad_scale,
+    FORMULA: tl.constexpr, N_CONSTANTS: tl.constexpr,
+):  # fmt: skip
+    """Of the tensor in row `program_id` of `tensors`. `found_inf` and `grad_scale`: pointers to float32, or None."""
+    row = tensors + tl.program_id(0) * COLUMNS
+    own = constants + tl.load(row + CONSTANTS) * CONSTANT_COLUMNS
+    out = scalars + tl.load(row + SCALARS) * SCALAR_COLUMNS
+    run = tl.load(own + STEP) * 0.0 + 1.0
+    if found_inf is not None:
+        run = tl.where(tl.load(found_inf) != 0.0, 0.0, run)
+    step = tl.load(own + STEP)
+    counter = tl.load(row + COUNTER)
+    if counter != 0:
+        is_double = tl.load(row + COUNTER_IS_DOUBLE)
+        step = load_real(counter, is_double) + run
+        if is_double != 0:
+            tl.store(counter.to(tl.pointer_type(tl.float64)), step)
+        else:
+            tl.store(counter.to(tl.pointer_type(tl.float32)), step.to(tl.float32))
+    lr = tl.load(own + LR)
+    lr_address = tl.load(own + LR_ADDRESS).to(tl.int64, bitcast=True)
+    if lr_address != 0:
+        lr = load_real(lr_address, tl.load(own + LR_IS_DOUBLE))
+    factor = run * 0.0 + 1.0
+    if grad_scale is not None:
+        scale = tl.load(grad_scale)
+        factor = factor / scale.to(tl.float64)
+        tl.store(out + GRAD_SCALE, scale)
+    c = ()
+    for k in tl.static_range(N_CONSTANTS):
+        c = c + (tl.load(own + FIRST_CONSTANT + k),)
+    values = FORMULA(c, lr, step, factor, power, root)
+    for k in tl.static_range(len(values)):
+        tl.store(out + k, values[k].to(tl.float32))
+    tl.store(out + RUN, run.to(tl.float32))

@@ -1,0 +1,144 @@
+"""The step kernel: the one loop of all rules, dtypes and formats of states. It knows no arithmetic.
+
+A launch serves any number of tensors. `tensors` has a row of addresses for each of them, and `chunks` a pair of numbers for
+each program: the row of its tensor and which chunk of it. `scalars` has rows of the step's scalars.
+"""
+
+import triton
+import triton.language as tl
+
+from fused_opt.kernels import codecs
+from fused_opt.kernels.rules import gradient
+
+# Columns of `tensors`, int64 words, as Bucket in csrc/tables.h has them.
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+STATE = tl.constexpr(2)  # and two more
+SCALES = tl.constexpr(5)  # and two more
+COUNT = tl.constexpr(8)  # elements
+ALIGNED = tl.constexpr(9)  # whether all addresses are multiples of 16 bytes
+SCALARS = tl.constexpr(10)  # row of `scalars`
+COLUMNS = tl.constexpr(14)  # the others: see kernels/scalars.py
+
+# Columns of `scalars` after those of the rule.
+RUN = tl.constexpr(9)  # 0 where the step is to be left out
+GRAD_SCALE = tl.constexpr(10)
+SCALAR_COLUMNS = tl.constexpr(12)
+
+
+@triton.jit
+def update_tile(
+    param, grad, states, scales, block, count, s, grad_scale,
+    ACCUMULATE: tl.constexpr, MOVE: tl.constexpr, L2: tl.constexpr, FLAGS: tl.constexpr, KINDS: tl.constexpr,
+    UNSCALE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, CODED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """ROWS x SIZE elements from the addresses on, of which `count` exist; with codes a row is a block, the first of them number `block`."""
+    STATES: tl.constexpr = len(states)
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, SIZE)[None, :]
+    at = rows * SIZE + columns
+    mask = at < count if MASKED else None
+    p = tl.load(param + at, mask, 0.0).to(tl.float32) if MASKED else tl.load(param + at).to(tl.float32)
+    g = tl.load(grad + at, mask, 0.0).to(tl.float32) if MASKED else tl.load(grad + at).to(tl.float32)
+    row_mask = rows * SIZE < count if MASKED else None
+    old = ()
+    for k in tl.static_range(STATES):
+        stored = tl.load(states[k] + at, mask, 0) if MASKED else tl.load(states[k] + at)
+        if CODED:
+            scale = tl.load(scales[k] + rows, row_mask, 0.0) if MASKED else tl.load(scales[k] + rows)
+            old = old + (codecs.mulaw_decode(stored, codecs.mulaw_unit(scale, KINDS[k][0]), KINDS[k][0]),)
+        else:
+            old = old + (stored.to(tl.float32),)
+    if UNSCALE:
+        unscaled = tl.div_rn(g, grad_scale)
+        tl.store(grad + at, unscaled.to(grad.dtype.element_ty), mask)
+    g = gradient(p, g, s, L2)
+    new_p, new = MOVE(p, g, ACCUMULATE(g, old, s, FLAGS), s, FLAGS)
+    tl.store(param + at, new_p.to(param.dtype.element_ty), mask)
+    if CODED:
+        # The seed of the rounding: see `update_block` in csrc/kernels/blocks.h.
+        scale_sum = tl.zeros((ROWS, 1), tl.uint32)
+        new_scales = ()
+        for k in tl.static_range(STATES):
+            scale = codecs.scale_of(new[k], KINDS[k][0], mask)
+            tl.store(scales[k] + rows, scale, row_mask)
+            new_scales = new_scales + (scale,)
+            if not KINDS[k][2]:
+                scale_sum += codecs.bits_of(scale)
+        param_sum = tl.sum(tl.minimum(codecs.bits_of(p) & 0x7FFFFFFF, codecs.INFINITY), 1, keep_dims=True)
+        seed = (scale_sum.to(tl.uint64) << 32) | param_sum.to(tl.uint64)
+        random = codecs.stochastic_offsets(seed, block + rows, columns.to(tl.uint32))
+        for k in tl.static_range(STATES):
+            offsets = random if KINDS[k][1] else codecs.NEAREST
+            inverse = codecs.mulaw_inverse(new_scales[k], KINDS[k][0])
+            tl.store(states[k] + at, codecs.mulaw_encode(new[k], inverse, offsets, KINDS[k][0]), mask)
+    else:
+        for k in tl.static_range(STATES):
+            tl.store(states[k] + at, new[k].to(states[k].dtype.element_ty), mask)
+
+
+@triton.jit
+def address(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """The hint must stand on the pointer: on the integer it is lost, and accesses are of single elements."""
+    return tl.multiple_of(tl.load(row + COLUMN).to(tl.pointer_type(TYPE)), ALIGNMENT)
+
+
+@triton.jit
+def update_chunk(
+    row, first, begin, end, s, grad_scale,
+    ACCUMULATE: tl.constexpr, MOVE: tl.constexpr, L2: tl.constexpr, FLAGS: tl.constexpr, KINDS: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPES: tl.constexpr,
+    UNSCALE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, CODED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The elements from `begin` to `end` of the chunk whose first one is `first`, a tile at a time."""
+    STATES: tl.constexpr = len(STATE_TYPES)
+    ALIGNMENT: tl.constexpr = 1 if MASKED else 16
+    param = address(row, PARAM, PARAM_TYPE, ALIGNMENT) + first
+    grad = address(row, GRAD, GRAD_TYPE, ALIGNMENT) + first
+    states = ()
+    scales = ()
+    for k in tl.static_range(STATES):
+        states = states + (address(row, STATE + k, STATE_TYPES[k], ALIGNMENT) + first,)
+        if CODED:
+            scales = scales + (address(row, SCALES + k, tl.float32, 4) + first // SIZE,)
+    for i in range(begin, end, ROWS * SIZE):
+        at = ()
+        scales_at = ()
+        for k in tl.static_range(STATES):
+            at = at + (states[k] + i,)
+            if CODED:
+                scales_at = scales_at + (scales[k] + i // SIZE,)
+        update_tile(
+            param + i, grad + i, at, scales_at, (first + i) // SIZE, end - i, s, grad_scale,
+            ACCUMULATE, MOVE, L2, FLAGS, KINDS, UNSCALE, ROWS, SIZE, CODED, MASKED,
+        )  # fmt: skip
+
+
+@triton.jit
+def step(
+    tensors, chunks, scalars,
+    ACCUMULATE: tl.constexpr, MOVE: tl.constexpr, L2: tl.constexpr, FLAGS: tl.constexpr, KINDS: tl.constexpr, N_SCALARS: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPES: tl.constexpr,
+    UNSCALE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, CODED: tl.constexpr,
+):  # fmt: skip
+    """One chunk of a tensor: whole tiles of an aligned one by 16-byte accesses, all else an element at a time."""
+    program = tl.program_id(0)
+    row = tensors + tl.load(chunks + 2 * program).to(tl.int64) * COLUMNS
+    first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    count = tl.minimum(tl.load(row + COUNT) - first, CHUNK).to(tl.int32)
+    own = scalars + tl.load(row + SCALARS) * SCALAR_COLUMNS
+    count = tl.where(tl.load(own + RUN) == 0.0, 0, count)
+    s = ()
+    for k in tl.static_range(N_SCALARS):
+        s = s + (tl.load(own + k),)
+    grad_scale = tl.load(own + GRAD_SCALE)
+    TILE: tl.constexpr = ROWS * SIZE
+    whole = tl.where(tl.load(row + ALIGNED) != 0, count // TILE * TILE, 0)
+    update_chunk(
+        row, first, 0, whole, s, grad_scale, ACCUMULATE, MOVE, L2, FLAGS, KINDS,
+        PARAM_TYPE, GRAD_TYPE, STATE_TYPES, UNSCALE, ROWS, SIZE, CODED, False,
+    )  # fmt: skip
+    update_chunk(
+        row, first, whole, count, s, grad_scale, ACCUMULATE, MOVE, L2, FLAGS, KINDS,
+        PARAM_TYPE, GRAD_TYPE, STATE_TYPES, UNSCALE, ROWS, SIZE, CODED, True,
+    )  # fmt: skip

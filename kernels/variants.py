@@ -1,0 +1,257 @@
+"""Which forms of the kernels there are: what a rule, dtypes and a format of states make of their compile-time arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton.language as tl
+
+from fused_opt import rules as specs
+from fused_opt.kernels import codecs
+from fused_opt.kernels.quantize import dequantize, largest_magnitudes, quantize
+from fused_opt.kernels.rules import RULES
+from fused_opt.kernels.scalars import FORMULAS, compute_scalars
+from fused_opt.kernels.step import step
+
+# Elements of a program. With four times as many, 124M parameters would be too few programs for a GPU of 132 multiprocessors.
+CHUNK = 8192
+# Of a program; a tile is four elements a thread, 16 bytes of fp32, and at least a block of codes.
+WARPS = 8
+TILE = WARPS * 32 * 4
+
+# Elements of a block that a tile of `quantize` takes at most, as MAX_PIECE in kernels/quantize.py.
+MAX_PIECE = 4096
+
+POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
+_COUNTS = {"count": "i64", "block_size": "i64", "parts": "i64"}
+TYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
+
+# For all kernels: nothing is contracted that is not written as fma.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One compiled form of a kernel.
+
+    Attributes:
+        kernel: a triton.JITFunction.
+        arguments: its run-time arguments and their Triton types, in order, such as {"tensors": "*i64"}; "constexpr" for one that is None.
+        constants: its compile-time arguments.
+        num_warps: of a program.
+    """
+
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether this is the kernel that computes scalars."""
+        return self.kernel is compute_scalars
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What to compile with."""
+        return {"num_warps": self.num_warps, **OPTIONS}
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        """All that is known at compile time, as triton.compiler.ASTSource takes it."""
+        return {**{name: None for name, kind in self.arguments.items() if kind == "constexpr"}, **self.constants}
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """As triton.compiler.ASTSource takes it."""
+        return {**self.arguments, **dict.fromkeys(self.constants, "constexpr")}
+
+
+@functools.cache
+def step_variant(
+    rule: str, flags: int, param: str, grad: str, states: tuple[str, ...], block_size: int = 0, unscale: bool = False
+) -> Variant:
+    """The step kernel for these.
+
+    Args:
+        rule: its name in `RULES`.
+        flags: compile-time options, as in fused_opt/rules.py.
+        param, grad, states: dtypes, keys of `TYPES`; the states in torch's order.
+        block_size: of states in 8-bit codes, whose `states` do not matter; 0 if they are none.
+        unscale: whether gradients are divided by a gradient scaler's scale where they lie.
+    """
+    chosen = RULES[rule]
+    kinds = tuple(chosen.kinds(flags).values())
+    size = block_size or TILE
+    if block_size:
+        state_types: tuple[Any, ...] = tuple(tl.int8 if kind.signed else tl.uint8 for kind in kinds)
+    else:
+        state_types = tuple(TYPES[state] for state in states)
+    constants = {
+        "ACCUMULATE": chosen.accumulate,
+        "MOVE": chosen.move,
+        "L2": bool(flags & chosen.l2),
+        "FLAGS": flags,
+        "KINDS": tuple(map(tuple, kinds)),
+        "N_SCALARS": chosen.scalars,
+        "PARAM_TYPE": TYPES[param],
+        "GRAD_TYPE": TYPES[grad],
+        "STATE_TYPES": state_types,
+        "UNSCALE": unscale,
+        "CHUNK": CHUNK,
+        "ROWS": max(TILE // size, 1),
+        "SIZE": size,
+        "CODED": block_size > 0,
+    }
+    return Variant(step, {"tensors": "*i64", "chunks": "*i32", "scalars": "*fp32"}, constants, WARPS)
+
+
+@functools.cache
+def scalars_variant(rule: str, scaled: bool) -> Variant:
+    """The kernel that computes a rule's scalars, and with `scaled` honours a gradient scaler."""
+    formula, count = FORMULAS[rule]
+    scaler = dict.fromkeys(("found_inf", "grad_scale"), "*fp32" if scaled else "constexpr")
+    return Variant(
+        compute_scalars,
+        {"tensors": "*i64", "constants": "*fp64", "scalars": "*fp32", **scaler},
+        {"FORMULA": formula, "N_CONSTANTS": count},
+        num_warps=1,
+    )
+
+
+# Name of a code -> whether it has a sign, and how units, inverses, codes and values are made.
+CODES: dict[str, tuple[bool, Any, Any, Any, Any]] = {
+    "linear": (True, codecs.linear_unit, codecs.linear_inverse, codecs.linear_encode, codecs.linear_decode),
+    "mulaw": (True, codecs.mulaw_unit, codecs.mulaw_inverse, codecs.mulaw_encode, codecs.mulaw_decode),
+    "unsigned_mulaw": (False, codecs.mulaw_unit, codecs.mulaw_inverse, codecs.mulaw_encode, codecs.mulaw_decode),
+    "table": (True, None, None, None, None),  # whose codes are without sign all the same
+}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a tensor's blocks are laid out in tiles.
+
+    Attributes:
+        parts: pieces of a block.
+        rows: pieces of a tile.
+        size: elements of a row of a tile.
+        exact: whether a block is a row and addresses are multiples of 16 bytes.
+    """
+
+    parts: int
+    rows: int
+    size: int
+    exact: bool
+
+    @staticmethod
+    def of(block_size: int, aligned: bool) -> Pieces:
+        """For blocks of that size."""
+        size = max(1 << (min(block_size, MAX_PIECE) - 1).bit_length(), 32)
+        return Pieces(-(-block_size // MAX_PIECE), max(TILE // size, 1), size, aligned and size == block_size)
+
+
+def _code_pointer(code: str) -> str:
+    return "*u8" if code in ("unsigned_mulaw", "table") else "*i8"
+
+
+@functools.cache
+def measure_variant(dtype: str, shape: Pieces) -> Variant:
+    """The kernel that measures scales, for values of a dtype."""
+    arguments = {"values": POINTERS[dtype], "scales": "*u32", "count": "i64", "block_size": "i64", "parts": "i64"}
+    return Variant(largest_magnitudes, arguments, {"ROWS": shape.rows, "SIZE": shape.size}, WARPS)
+
+
+@functools.cache
+def quantize_variant(dtype: str, code: str, shape: Pieces, measured: bool, seeds: int | None) -> Variant:
+    """The kernel that quantizes values of a dtype. `seeds`: 1 for one for each block, 0 for one for all, None to round to the nearest."""
+    signed, _, inverse, encode, _ = CODES[code]
+    arguments = {
+        "values": POINTERS[dtype],
+        "codes": _code_pointer(code),
+        "scales": "*fp32",
+        "seeds": "constexpr" if seeds is None else "*i64",
+        "table": "*fp32" if code == "table" else "constexpr",
+        **_COUNTS,
+    }
+    constants = {
+        "SIGNED": signed,
+        "INVERSE": inverse,
+        "ENCODE": encode,
+        "MEASURED": measured,
+        "SEED_STRIDE": seeds or 0,
+        "ROWS": shape.rows,
+        "SIZE": shape.size,
+        "EXACT": shape.exact,
+    }
+    return Variant(quantize, arguments, constants, WARPS)
+
+
+@functools.cache
+def dequantize_variant(dtype: str, code: str, shape: Pieces) -> Variant:
+    """The kernel that makes values of a dtype from codes."""
+    signed, unit, _, _, decode = CODES[code]
+    arguments = {
+        "values": POINTERS[dtype],
+        "codes": _code_pointer(code),
+        "scales": "*fp32",
+        "table": "*fp32" if code == "table" else "constexpr",
+        **_COUNTS,
+    }
+    constants = {"SIGNED": signed, "UNIT": unit, "DECODE": decode, "ROWS": shape.rows, "SIZE": shape.size, "EXACT": shape.exact}
+    return Variant(dequantize, arguments, constants, WARPS)
+
+
+# Options that stand for all: name, rule, flags.
+_OPTIONS = (
+    ("adamw", "adam", 0),
+    ("adam amsgrad l2", "adam", specs.AMSGRAD | specs.ADAM_L2),
+    ("rmsprop", "rmsprop", 0),
+    ("rmsprop momentum", "rmsprop", specs.RMSPROP_MOMENTUM),
+    ("rmsprop centered momentum l2", "rmsprop", specs.CENTERED | specs.RMSPROP_MOMENTUM | specs.RMSPROP_L2),
+    ("sgd", "sgd", 0),
+    ("sgd momentum", "sgd", specs.SGD_MOMENTUM),
+    ("sgd nesterov l2", "sgd", specs.SGD_MOMENTUM | specs.NESTEROV | specs.SGD_L2),
+)
+# Formats likewise: name, dtype of parameter and gradient, of states, block size of their codes.
+_FORMATS = (
+    ("fp32", "float32", "float32", 0),
+    ("bf16", "bfloat16", "bfloat16", 0),
+    ("fp16", "float16", "float16", 0),
+    ("bf16, fp32 states", "bfloat16", "float32", 0),
+    ("fp32, bf16 states", "float32", "bfloat16", 0),
+    ("fp32, int8 states", "float32", "", 256),
+    ("bf16, int8 states", "bfloat16", "", 256),
+)
+
+
+def typical_variants() -> Iterator[tuple[str, Variant]]:
+    """Named forms of the kernels that stand for all: every rule and option, every dtype of parameters and states."""
+    for option, rule, flags in _OPTIONS:
+        slots = RULES[rule].kinds(flags)
+        for name, param, state, block_size in _FORMATS:
+            if (block_size or state != param) and not slots:
+                continue
+            if block_size and "grad_avg" in slots:  # keeps fp32 states
+                continue
+            yield f"{option}, {name}", step_variant(rule, flags, param, param, (state,) * len(slots), block_size)
+    for block_size in (32, 1024, 4096):
+        yield f"adamw, fp32, int8 states in blocks of {block_size}", step_variant("adam", 0, "float32", "float32", (), block_size)
+    whole = Pieces.of(256, aligned=True)
+    for dtype in ("float32", "bfloat16"):
+        for code in ("linear", "mulaw", "unsigned_mulaw"):
+            yield f"quantize {code}, {dtype}", quantize_variant(dtype, code, whole, False, None)
+            yield f"dequantize {code}, {dtype}", dequantize_variant(dtype, code, whole)
+    yield "quantize mulaw, float32, stochastic", quantize_variant("float32", "mulaw", whole, False, 0)
+    yield "quantize table, float32", quantize_variant("float32", "table", whole, False, None)
+    yield "dequantize table, float32", dequantize_variant("float32", "table", whole)
+    yield "measure, float32", measure_variant("float32", Pieces.of(MAX_PIECE * 2, aligned=True))
+    for rule in RULES:
+        for scaled in (False, True):
+            yield f"scalars of {rule}{', with a scaler' if scaled else ''}", scalars_variant(rule, scaled)
+
+
+typical_steps = typical_variants
