@@ -3,15 +3,22 @@
 #include <algorithm>
 
 namespace fused_opt {
+namespace {
+
+constexpr int64_t kOwnScalars = -1;  // until the row has a number
+
+}  // namespace
 
 bool Bucket::takes(const Bucket& o) const {
-  return device == o.device && flags == o.flags && block_size == o.block_size && operand_count == o.operand_count &&
+  const bool same_blocks = block_size == o.block_size || (o.rows.size() == 1 && o.rows[0][kCount] <= std::min(block_size, o.block_size));
+  return device == o.device && flags == o.flags && same_blocks && operand_count == o.operand_count &&
          std::equal(formats, formats + operand_count, o.formats);
 }
 
 void Tables::begin() {
   known_.swap(buckets_);
   buckets_.clear();
+  of_one_block_.clear();
 }
 
 void Tables::add(const Batch& batch, const std::vector<unsigned>& flags, int64_t first_row, bool on_device) {
@@ -28,24 +35,39 @@ void Tables::add(const Batch& batch, const std::vector<unsigned>& flags, int64_t
       if (operand.scales) row[Bucket::kScales + static_cast<size_t>(k - kFirstState)] = reinterpret_cast<intptr_t>(operand.scales);
       aligned &= reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
     }
-    auto bucket = std::find_if(buckets_.begin(), buckets_.end(), [&key](const Bucket& b) { return b.takes(key); });
-    if (bucket == buckets_.end()) bucket = buckets_.insert(buckets_.end(), std::move(key));
-    const auto number = static_cast<int64_t>(bucket->rows.size());
     row[Bucket::kCount] = entry.count;
     row[Bucket::kAligned] = aligned;
     row[Bucket::kConstants] = first_row + entry.cohort;
-    row[Bucket::kScalars] = on_device ? number : row[Bucket::kConstants];
+    row[Bucket::kScalars] = on_device ? kOwnScalars : row[Bucket::kConstants];
     if (on_device && entry.counter != nullptr && entry.counter_device == entry.device) {
       row[Bucket::kCounter] = reinterpret_cast<intptr_t>(entry.counter);
       row[Bucket::kCounterIsDouble] = entry.counter_is_double;
     }
-    bucket->rows.push_back(row);
-    for (int64_t first = 0; first < entry.count; first += chunk_)
-      bucket->chunks.push_back({static_cast<int32_t>(number), static_cast<int32_t>(first / chunk_)});
+    key.rows.push_back(row);
+    if (entry.block_size > 0 && entry.count <= entry.block_size)
+      of_one_block_.push_back(std::move(key));
+    else
+      place(key);
   }
 }
 
+void Tables::place(Bucket& tensor) {
+  Bucket::Row row = tensor.rows[0];
+  auto bucket = std::find_if(buckets_.begin(), buckets_.end(), [&tensor](const Bucket& b) { return b.takes(tensor); });
+  if (bucket == buckets_.end()) {
+    tensor.rows.clear();
+    bucket = buckets_.insert(buckets_.end(), std::move(tensor));
+  }
+  const auto number = static_cast<int64_t>(bucket->rows.size());
+  if (row[Bucket::kScalars] == kOwnScalars) row[Bucket::kScalars] = number;
+  bucket->rows.push_back(row);
+  for (int64_t first = 0; first < row[Bucket::kCount]; first += chunk_)
+    bucket->chunks.push_back({static_cast<int32_t>(number), static_cast<int32_t>(first / chunk_)});
+}
+
 void Tables::finish() {
+  for (Bucket& tensor : of_one_block_) place(tensor);
+  of_one_block_.clear();
   for (size_t i = 0; i < buckets_.size() && i < known_.size(); ++i) {
     Bucket& bucket = buckets_[i];
     if (!bucket.takes(known_[i])) continue;

@@ -36,6 +36,7 @@ struct Bucket {
   std::vector<Chunk> chunks;
   bool rows_changed, chunks_changed;  // since the tables before
 
+  // Whether their tensors can go together. Those of no more than one block can go with any that have longer ones.
   bool takes(const Bucket& other) const;
 };
 
@@ -57,8 +58,11 @@ class Tables {
   const std::vector<Bucket>& buckets() const { return buckets_; }
 
  private:
+  void place(Bucket& tensor);
+
   const int64_t chunk_;
   std::vector<Bucket> buckets_, known_;
+  std::vector<Bucket> of_one_block_;  // each of one tensor
 };
 
 }  // namespace fused_opt

@@ -196,8 +196,7 @@ class DeviceStep:
                 row = [*scalars, *(0.0,) * (SCALAR_COLUMNS - len(scalars))]
                 row[RUN] = row[GRAD_SCALE] = 1.0
                 rows.append(row)
-        host = _new_host((len(rows), SCALAR_COLUMNS), torch.float32, device)
-        host.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+        host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=device.type != "cpu")  # rounds to the nearest
         return self._upload(host, device)
 
     def _upload_constants(self, rule: Rule, shares: Sequence[Share], device: torch.device) -> torch.Tensor:

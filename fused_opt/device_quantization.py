@@ -74,7 +74,7 @@ def _launch(variant: Any, shape: Any, values: torch.Tensor, arguments: tuple[Any
 
 def _in_memory_order(values: torch.Tensor, codes: torch.Tensor, copy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Both with dimensions permuted such that the codes are contiguous; the values, too, if `copy`."""
-    order = sorted(range(codes.dim()), key=lambda d: -codes.stride(d))
+    order = sorted(range(codes.dim()), key=lambda d: -codes.stride()[d])
     values, codes = values.permute(order), codes.permute(order)
     return (values.contiguous() if copy else values), codes
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import fused_opt
 from fused_opt.arguments import writable_file
-from fused_opt.native import native
+from fused_opt.native import native, triton_problem
 
 HELP = "show what this installation uses and why, and what is wrong with it"
 
@@ -211,8 +211,9 @@ def _openmp(report: Report) -> None:
 
 
 def _gpu(report: Report, torch: Any) -> None:
-    section = report.sections["GPU"] = {"kernels": "none in this version: torch's own step serves GPU parameters"}
+    section = report.sections["GPU"] = {}
     if torch is None:
+        section["devices"] = "not known without torch"
         return
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -224,6 +225,15 @@ def _gpu(report: Report, torch: Any) -> None:
         section["devices"] = names or ", ".join(["none", *(str(warning.message).splitlines()[0] for warning in caught)])
     except Exception as error:  # a driver may fail in any way; nothing here depends on it
         section["devices"] = f"not known: {_brief(error)}"
+        return
+    if not names:
+        section["kernels"] = "not tried: they need a GPU"
+    elif problem := triton_problem():
+        section["kernels"] = f"torch's own step serves parameters on the GPU: {problem}"
+        what, _, remedy = problem.rpartition(": ")
+        report.problem(f"there is a GPU, but {what}", remedy)
+    else:
+        section["kernels"] = "Triton's; `fused-opt gpu-check` compares and times them"
 
 
 def _optimizers(report: Report, torch: Any) -> None:

@@ -62,7 +62,7 @@ class Plan:
         optimizer = self.optimizer
         native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
         if any(batch.in_tables for _, batch in native_groups):
-            optimizer._cuda_graph_capture_health_check()
+            _check_capture(optimizer)
         scaler = _scaler(optimizer) if native_groups else None
         if scaler is not None and self._waits_for_scaler() and scaler.found_inf.item():
             return
@@ -283,6 +283,19 @@ def _programs(rule: Rule, group: Group, batch: _cpu.Batch) -> list[Program]:
     return [
         (rule.flags(group, fresh), ()) if elsewhere or step < 0 else rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts
     ]
+
+
+def _check_capture(optimizer: FusedStep) -> None:
+    """Raise what torch raises where a CUDA graph is captured of a step that would not work in it, and warn as it does.
+
+    Asking torch takes 10 us, so that is done only where it has something to say.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    if not torch.cuda.is_current_stream_capturing() and not any(group.get("capturable") for group in optimizer.param_groups):
+        return
+    name = "_accelerator_graph_capture_health_check"  # before torch 2.12: the other
+    getattr(optimizer, name if hasattr(optimizer, name) else "_cuda_graph_capture_health_check")()
 
 
 def _scaler(optimizer: FusedStep) -> Scaler | None:

@@ -3,6 +3,8 @@
 It also counts the steps, and leaves all out where a gradient scaler found infinities. Its formulas are those of fused_opt/rules.py.
 """
 
+import types
+
 import triton
 import triton.language as tl
 
@@ -22,7 +24,15 @@ STEP = tl.constexpr(3)  # of this step, where there is no counter on the device
 FIRST_CONSTANT = tl.constexpr(4)
 CONSTANT_COLUMNS = tl.constexpr(12)
 
-FORMULAS = {rule.name: (triton.jit(rule.scalars), constants) for rule, constants in ((specs.ADAM, 6), (specs.RMSPROP, 5), (specs.SGD, 4))}
+
+
+def _compiled(function):
+    """With `tl` among its globals, which Triton's interpreter insists on."""
+    return triton.jit(types.FunctionType(function.__code__, {"tl": tl, "__name__": __name__}, function.__name__))
+
+
+# Name of a rule -> formula and number of constants.
+FORMULAS = {rule.name: (_compiled(rule.scalars), constants) for rule, constants in ((specs.ADAM, 6), (specs.RMSPROP, 5), (specs.SGD, 4))}
 
 
 @triton.jit

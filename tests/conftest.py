@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from fused_opt.native import native
+from fused_opt.native import native, triton_problem
 from helpers import ALL_ISAS, SUPPORTED_ISAS
+
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]  # run by test_triton_interpreter.py
 
 
 def pytest_report_header() -> list[str]:
@@ -35,6 +38,22 @@ def use_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     yield use
     monkeypatch.undo()
     native.cache_clear()
+
+
+@pytest.fixture
+def use_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Call it with a backend's name to force that one until the test ends."""
+
+    def use(name: str) -> None:
+        monkeypatch.setenv("FUSED_OPT_BACKEND", name)
+        native.cache_clear()
+        triton_problem.cache_clear()
+        assert native().forced == name
+
+    yield use
+    monkeypatch.undo()
+    native.cache_clear()
+    triton_problem.cache_clear()
 
 
 @pytest.fixture

@@ -232,11 +232,11 @@ def test_parity_of_16_bits_counts_distances_from_the_exact_result(tmp_path: Path
     [("float32", 1e-6, "instead of"), ("bfloat16", 0.05, "not within 1 ULP of the correctly rounded")],
 )
 def test_parity_reports_a_planted_error(dtype: str, error: float, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(group: rules.Group, step: float, fresh: bool) -> rules.Program:
-        flags, (*scalars, last) = rules.SGD.program(group, step, fresh)
-        return flags, (*scalars, last * (1 + error))
+    def wrong(*args: Any) -> tuple[Any, ...]:
+        *scalars, last = rules.SGD.scalars(*args)
+        return (*scalars, last * (1 + error))
 
-    monkeypatch.setattr(fused_opt.SGD, "_rule", dataclasses.replace(rules.SGD, program=wrong))
+    monkeypatch.setattr(fused_opt.SGD, "_rule", dataclasses.replace(rules.SGD, scalars=wrong))
     result = run_here("parity", "--optimizer", "SGD", "--steps", "2", "--dtype", dtype)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "the promise is broken" in result.stdout

@@ -1,0 +1,104 @@
+"""The same steps by the CPU's kernels and by Triton's, which must end with the same bits. What runs the latter is up to the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fused_opt
+from fused_opt.bench.cases import Case
+from fused_opt.native import native
+from helpers import assert_same_state, make_problem
+
+UseBackend = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Dtypes of a parameter and of its states; None: the parameter's."""
+
+    param: torch.dtype
+    states: torch.dtype | str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.param}, states {self.states or 'alike'}".replace("torch.", "")
+
+    def allows(self, case: Case) -> bool:
+        """Plain SGD has no states."""
+        return self.states is None or case.optimizer != "SGD" or "momentum" in case.options
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the optimizer."""
+        if self.states is None:
+            return {}
+        return {"state_dtype": self.states, **({"min_8bit_size": 0} if self.states == "int8" else {})}
+
+
+FP32, BF16, FP16 = Format(torch.float32), Format(torch.bfloat16), Format(torch.float16)
+FP32_INT8, BF16_INT8 = Format(torch.float32, "int8"), Format(torch.bfloat16, "int8")
+FORMATS = (
+    FP32,
+    BF16,
+    FP16,
+    FP32_INT8,
+    BF16_INT8,
+    Format(torch.float16, "int8"),
+    Format(torch.bfloat16, torch.float32),
+    Format(torch.float32, torch.bfloat16),
+)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of so many elements that begins so many elements behind an address that is a multiple of 64 bytes."""
+
+    count: int
+    offset: int = 0
+
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of `values`, a vector, there. Its neighbours are NaN."""
+        storage = torch.full((self.offset + self.count + 8,), torch.nan, dtype=values.dtype)
+        return storage[self.offset : self.offset + self.count].copy_(values)
+
+
+# A whole tile and a tail; less than a tile; empty; at an odd address, more than a tile; one element.
+SMALL = (Placed(1024 + 130), Placed(33), Placed(0), Placed(1060, offset=3), Placed(1))
+# Also more than a chunk, with a tail, and exactly a tile.
+LARGE = (Placed(2 * 8192 + 1024 + 17), Placed(1024), Placed(8192 + 1, offset=1), *SMALL)
+
+
+def step_by(
+    backend: str, use_backend: UseBackend, case: Case, format_: Format, layout: Sequence[Placed], steps: int, **options: Any
+) -> torch.optim.Optimizer:
+    """An optimizer after so many steps. It proves that the backend ran them."""
+    values, grads = make_problem([(placed.count,) for placed in layout], steps, format_.param)
+    use_backend(backend)
+    params = [torch.nn.Parameter(placed.place(value)) for placed, value in zip(layout, values, strict=True)]
+    half = len(params) // 2
+    groups = [{"params": params[:half]}, {"params": params[half:], "lr": 0.05}]
+    optimizer: torch.optim.Optimizer = getattr(fused_opt, case.optimizer)(groups, **{**case.options, **format_.options, **options})
+    for step_grads in grads:
+        for param, placed, grad in zip(params, layout, step_grads, strict=True):
+            param.grad = placed.place(grad)
+        optimizer.step()
+        if backend == "triton":
+            assert optimizer._last_ran is None
+            assert optimizer._last_launched.step_launches == 1, "one launch for both groups and all tensors"
+    assert {row.path for row in fused_opt.explain(optimizer).rows} == ({"triton"} if backend == "triton" else {optimizer_path()})
+    return optimizer
+
+
+def optimizer_path() -> str:
+    """Of the CPU's kernels, as `explain` calls it."""
+    return f"cpu-{native().isa}"
+
+
+def compare(use_backend: UseBackend, case: Case, format_: Format, layout: Sequence[Placed], steps: int = 3, **options: Any) -> None:
+    """Step by both backends and compare all bits."""
+    triton = step_by("triton", use_backend, case, format_, layout, steps, **options)
+    cpu = step_by("cpu", use_backend, case, format_, layout, steps, **options)
+    assert_same_state(triton, cpu)
