@@ -57,8 +57,11 @@ class Plan:
     groups: list[GroupPlan]
     kept: Kept
 
-    def run(self) -> None:
-        """Do it: torch's share, then the native one. What fails, does so before the native part writes, and leaves all as it was."""
+    def run(self, new_states: Sequence[Sequence[State]] = ()) -> None:
+        """Do it: torch's share, then the native one. What fails, does so before the native part writes, and leaves all as it was.
+
+        With `new_states`, for each native group and each of its `missing`, no others are created.
+        """
         optimizer = self.optimizer
         native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
         if any(batch.in_tables for _, batch in native_groups):
@@ -69,7 +72,7 @@ class Plan:
         declines = any(group.declined for group in self.groups)
         if declines:
             fallback.check(optimizer, self.groups)
-        new_states = [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
+        new_states = new_states or [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
         if native_groups and self.kept.sharing is None:
             self.kept.sharing = self.backend.module.Sharing()
         in_order = self.kept.sharing is not None and self.kept.sharing.found([batch for _, batch in native_groups])

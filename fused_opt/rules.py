@@ -39,6 +39,7 @@ class Rule:
     Attributes:
         name: the backend's name for it.
         counter: state key of the step counter, or "" if the rule does not count.
+        options: options of a param group that are numbers, beside lr and betas.
         slots: param group -> state keys that the step reads and writes, in the backend's order, which is also torch's.
         flags: (param group, fresh) -> compile-time options. `fresh` says that the states were created for this very step.
         constants: param group -> numbers, of which the first is the gradient's sign, the others are its options.
@@ -56,6 +57,7 @@ class Rule:
 
     name: str
     counter: str
+    options: tuple[str, ...]
     slots: Callable[[Group], tuple[str, ...]]
     flags: Callable[[Group, bool], int]
     constants: Callable[[Group], tuple[float, ...]]
@@ -179,11 +181,16 @@ def _not_centered(group: Group) -> bool:
     return not group["centered"]
 
 
-ADAM = Rule("adam", "step", _adam_slots, _adam_flags, _adam_constants, adam_scalars, l2=_adam_l2, lerps=_always)
-ADAMW = Rule("adam", "step", _adam_slots, _adamw_flags, _adamw_constants, adam_scalars, l2=_never, lerps=_always)
+_ADAM_OPTIONS = ("eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+_RMSPROP_OPTIONS = ("alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+_SGD_OPTIONS = ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
+
+ADAM = Rule("adam", "step", _ADAM_OPTIONS, _adam_slots, _adam_flags, _adam_constants, adam_scalars, l2=_adam_l2, lerps=_always)
+ADAMW = Rule("adam", "step", _ADAM_OPTIONS, _adam_slots, _adamw_flags, _adamw_constants, adam_scalars, l2=_never, lerps=_always)
 RMSPROP = Rule(
     "rmsprop",
     "step",
+    _RMSPROP_OPTIONS,
     _rmsprop_slots,
     _rmsprop_flags,
     _rmsprop_constants,
@@ -192,4 +199,6 @@ RMSPROP = Rule(
     lerps=_centered,
     takes_codes=_not_centered,
 )
-SGD = Rule("sgd", "", _sgd_slots, _sgd_flags, _sgd_constants, sgd_scalars, l2=_decays, lerps=_never, zero_states=False, sparse=True)
+SGD = Rule(
+    "sgd", "", _SGD_OPTIONS, _sgd_slots, _sgd_flags, _sgd_constants, sgd_scalars, l2=_decays, lerps=_never, zero_states=False, sparse=True
+)

@@ -13,12 +13,13 @@ from torch._compile import _disable_dynamo
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from fused_opt import compiled
 from fused_opt.checkpoints import loading, saved
 from fused_opt.errors import completed
 from fused_opt.native import native
 from fused_opt.plan import Kept, Ran, plan
 from fused_opt.rules import Group, Rule
-from fused_opt.states import STORAGE_OPTIONS, asks_for_8bit, check_storage_options
+from fused_opt.states import STORAGE_OPTIONS, Format, asks_for_8bit, check_storage_options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
@@ -87,7 +88,6 @@ class FusedStep(torch.optim.Optimizer):
         with loading(self, self._rule):
             super().load_state_dict(state_dict)
 
-    @_disable_dynamo  # torch.compile breaks its graph here: it cannot trace native code. Costs 1 us a step.
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
@@ -106,7 +106,7 @@ class FusedStep(torch.optim.Optimizer):
         # rest of a small step (10 to 25 us of 50), so it is entered only where somebody is listening. A subclass with a step of its own
         # has been wrapped by torch and calls this one from within.
         if type(self).step is FusedStep.step and (
-            _profiler_enabled()
+            (not torch.compiler.is_dynamo_compiling() and _profiler_enabled())
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
@@ -122,10 +122,26 @@ class FusedStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_dynamo_compiling():
+            compiled.step(self)
+        else:
+            self._run()
+        return loss
+
+    @_disable_dynamo  # it cannot be traced: torch.compile breaks its graph here, unless it takes the other way. Costs 1 us a step.
+    def _run(self) -> None:
         the_plan = plan(self)
         the_plan.run()
         the_plan.release()
-        return loss
+
+    def _traceable(self) -> bool:
+        return compiled.traceable(self)
+
+    def _prepare(self, with_grad: list[list[int]]) -> list[list[Format | None]] | None:
+        return compiled.prepare(self, with_grad)
+
+    # As torch.compiler.assume_constant_result, which would import the compiler: it calls these while it traces.
+    vars(_traceable)["_dynamo_marked_constant"] = vars(_prepare)["_dynamo_marked_constant"] = True
 
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(FusedStep._step)
