@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fused_opt.arguments import one_of, whole_number, writable_file
-from fused_opt.bench import machine, measure, speed_report
+from fused_opt.arguments import CannotRunError, one_of, whole_number, writable_file
+from fused_opt.bench import machine, measure, roofline, speed_report
 from fused_opt.bench.layouts import LAYOUTS
 from fused_opt.bench.speed_blocks import Blocks, measure_blocks
 from fused_opt.bench.speed_plan import (
@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, nargs="+", action="extend", type=one_of(kind, names), metavar=metavar, help=text)
     parser.add_argument("--full", action="store_true", help="everything, with more rounds (30 to 50 minutes)")
     parser.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="threads for every implementation (default: torch's)")
-    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write everything measured to FILE")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write everything measured, or predicted, to FILE")
+    roofline.add_arguments(parser)
     parser.epilog = (
         "Without a selection some rows in 16 bits, in other layouts, with 8-bit states (int8) and those of blocks come after those in "
         "float32. Layouts: permuted: matrices "
@@ -78,7 +79,16 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         The exit status: 0; 1 if a result of ours is wrong; 130 if interrupted.
+
+    Raises:
+        CannotRunError: options that exclude each other, or a prediction that is not possible here.
     """
+    if args.model:
+        if _selected(args) or args.full or args.threads:
+            raise CannotRunError("--model predicts for all kernels; leave out what selects or times: workloads, options, --full, --threads")
+        return roofline.run(args)
+    if args.bandwidth:
+        raise CannotRunError("--bandwidth is for predictions; give --model, too")
     to_do, with_blocks = _jobs(args), BLOCKS in args.workloads or not _selected(args)
     threads = args.threads or torch.get_num_threads()
     console = Console(highlight=False)

@@ -44,7 +44,7 @@ class Scaler(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """What a step launched: for tests and reports."""
+    """What a step launched, and how many tables it copied: for tests and reports."""
 
     step_launches: int
     scalar_launches: int
@@ -59,7 +59,19 @@ class _Bucket:
     step: Any  # kernels.variants.Variant
     rows: torch.Tensor
     chunks: torch.Tensor
-    scalars: Any = None  # the variant that computes them, or None
+
+
+class _Found(NamedTuple):
+    """A bucket, as Tables.finish describes it."""
+
+    device: tuple[int, int]  # DLPack's type, index
+    flags: int
+    formats: tuple[str, ...]  # of parameter, gradient and states
+    block_size: int
+    rows: int
+    chunks: int
+    rows_changed: bool
+    chunks_changed: bool
 
 
 @dataclass(slots=True)
@@ -113,7 +125,7 @@ class DeviceStep:
             row += len(share.programs)
         found = self._tables.finish()
         unscales = unscales and scaler is not None and scaler.grad_scale is not None
-        self._buckets = [self._bucket(rule, i, unscales, *each) for i, each in enumerate(found)]
+        self._buckets = [self._bucket(rule, i, _Found(*each), unscales) for i, each in enumerate(found)]
         self._launches = []
         shared: dict[torch.device, torch.Tensor] = {}  # scalars or constants
         for bucket in self._buckets:
@@ -140,37 +152,25 @@ class DeviceStep:
         self.ran = Ran(len(self._launches) - scalar_launches, scalar_launches, self._uploads)
         self._launches = []
 
-    def _bucket(
-        self,
-        rule: Rule,
-        i: int,
-        unscales: bool,
-        device_key: tuple[int, int],
-        flags: int,
-        formats: tuple[str, ...],
-        block_size: int,
-        rows: int,
-        chunks: int,
-        rows_changed: bool,
-        chunks_changed: bool,
-    ) -> _Bucket:
-        device = torch.device(_TYPES[device_key[0]]) if device_key[0] == _CPU else torch.device(_TYPES[device_key[0]], device_key[1])
-        param, grad, *states = formats
-        variant = self._variants.step_variant(rule.name, flags, param, grad, tuple(states), block_size, unscales)
+    def _bucket(self, rule: Rule, i: int, found: _Found, unscales: bool) -> _Bucket:
+        kind, index = found.device
+        device = torch.device(_TYPES[kind]) if kind == _CPU else torch.device(_TYPES[kind], index)
+        param, grad, *states = found.formats
+        variant = self._variants.step_variant(rule.name, found.flags, param, grad, tuple(states), found.block_size, unscales)
         known = self._buckets[i] if i < len(self._buckets) else None
-        if known is None or rows_changed:
-            host = _new_host((rows, native().module.table_columns), torch.int64, device)
+        if known is not None and not found.rows_changed:
+            rows = known.rows
+        else:
+            host = _new_host((found.rows, native().module.table_columns), torch.int64, device)
             self._tables.copy_rows(i, host.data_ptr())
-            row_table = self._upload(host, device)
+            rows = self._upload(host, device)
+        if known is not None and not found.chunks_changed:
+            chunks = known.chunks
         else:
-            row_table = known.rows
-        if known is None or chunks_changed:
-            host = _new_host((chunks, 2), torch.int32, device)
+            host = _new_host((found.chunks, 2), torch.int32, device)
             self._tables.copy_chunks(i, host.data_ptr())
-            chunk_table = self._upload(host, device)
-        else:
-            chunk_table = known.chunks
-        return _Bucket(device, variant, row_table, chunk_table)
+            chunks = self._upload(host, device)
+        return _Bucket(device, variant, rows, chunks)
 
     def _prepare_on_device(self, rule: Rule, bucket: _Bucket, constants: torch.Tensor, scaler: Scaler | None) -> None:
         scalars = torch.empty(len(bucket.rows), SCALAR_COLUMNS, dtype=torch.float32, device=bucket.device)

@@ -116,7 +116,11 @@ class Plan:
         being called, counters in the host's memory are counted by it, and a buffer whose first value is the gradient has none before."""
         for group in self.groups:
             batch = group.batch
-            if batch is None or group.declined or batch.in_kernels or (group.missing and not self.optimizer._rule.zero_states):
+            if group.declined:
+                return True
+            if batch is None or not batch.indices:  # no gradients
+                continue
+            if batch.in_kernels or (group.missing and not self.optimizer._rule.zero_states):
                 return True
             on_cpu = group.group["params"][batch.indices[0]].device.type == "cpu"
             if self.optimizer._rule.counter and not on_cpu and any(step >= 0 for step, _ in batch.cohorts):

@@ -58,7 +58,10 @@ def mulaw_unit(scale, SIGNED: tl.constexpr):
     """scale / mu, rounded such that its last bit is 0; a normal number, mu of which are finite."""
     LARGEST: tl.constexpr = 0x7B84A9F8 if SIGNED else 0x77842190
     mu = mulaw_mu(SIGNED)
-    nearest = tl.div_rn(scale, mu)
+    # scale / mu rounded as IEEE 754 asks, in three operations: compared with the division for all 2^31 scales and both mu.
+    INVERSE: tl.constexpr = 0.004048583097755909 if SIGNED else 1.5751256796647795e-05
+    nearest = scale * INVERSE
+    nearest = tl.fma(tl.fma(-nearest, mu, scale), INVERSE, nearest)
     bits = bits_of(nearest)
     odd = bits & 1
     below = bits_of(tl.fma(-nearest, mu, scale)) >> 31
@@ -77,7 +80,7 @@ def mulaw_decode(codes, unit, SIGNED: tl.constexpr):
     codes = codes.to(tl.int32)
     if SIGNED:
         magnitudes = float_of((tl.abs(codes) << OFFSET_BITS) + ONE)
-        unit = tl.where(codes < 0, -unit, unit)
+        unit = float_of(bits_of(unit) ^ (codes.to(tl.uint32, bitcast=True) & 0x80000000))
     else:
         magnitudes = float_of((codes << OFFSET_BITS) + ONE)
     return tl.fma(magnitudes, unit, -unit)
@@ -86,11 +89,11 @@ def mulaw_decode(codes, unit, SIGNED: tl.constexpr):
 @triton.jit
 def mulaw_encode(values, inverse, offsets, SIGNED: tl.constexpr):
     magnitudes = tl.abs(values) if SIGNED else values
-    codes = ((bits_of(tl.fma(magnitudes, inverse, 1.0)) + offsets) >> OFFSET_BITS).to(tl.int32) - CODE_OF_ONE
+    codes = ((bits_of(tl.fma(magnitudes, inverse, 1.0)) - ONE + offsets) >> OFFSET_BITS).to(tl.int32)
     if SIGNED:
         codes = tl.where(values < 0, -codes, codes)
     else:
-        codes = tl.where((codes == 0) & (values != 0), 1, codes)  # a second moment that was positive stays so
+        codes = tl.maximum(codes, tl.minimum(bits_of(values), 1).to(tl.int32))  # a second moment that was positive stays so; no -0 here
     codes = tl.where(inverse == inverse, codes, 0)  # where the scale is NaN codes mean nothing
     return codes.to(tl.int8) if SIGNED else codes.to(tl.uint8)
 
@@ -136,7 +139,7 @@ def stochastic_offsets(seed, block, positions):
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     x = x ^ (x >> 31)
     draw = x.to(tl.uint32)
-    return ((positions * ((draw >> 16) | 1) + (draw & 0xFFFF)) * 32 + 16) & OFFSET_MASK
+    return (positions * (((draw >> 16) | 1) * 32) + ((draw & 0xFFFF) * 32 + 16)) & OFFSET_MASK
 
 
 @triton.jit

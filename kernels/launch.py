@@ -27,8 +27,11 @@ class TritonLauncher:
     def prepare(self, variant: Variant, device: torch.device, arguments: Sequence[Any]) -> None:
         """Compile `variant` for the current device, `device`, and arguments such as these."""
         if (variant, device) not in self._compiled:
-            kernel = variant.kernel.warmup(*arguments, grid=(1,), **variant.constants, **variant.options)
+            kernel = variant.kernel.warmup(*arguments, grid=(1,), **variant.constants, **variant.options(self._warp_size()))
             self._compiled[variant, device] = kernel
+
+    def _warp_size(self) -> int:
+        return 32 if self.takes_cpu else int(triton.runtime.driver.active.get_current_target().warp_size)
 
     def launch(self, variant: Variant, device: torch.device, programs: int, arguments: Sequence[Any]) -> None:
         """Run as many programs of a prepared variant, on the current device's current stream."""

@@ -79,6 +79,8 @@ def quantize_tile(
         mask = None
         row_mask = None
         x = tl.load(values + at).to(tl.float32)
+    if not SIGNED:
+        x = x + 0.0  # no -0, which looks like a number beyond infinity
     if MEASURED:
         scale = tl.load(scales + block, row_mask, 0.0) if MASKED else tl.load(scales + block)
     else:

@@ -138,7 +138,10 @@ def step(
         row, first, 0, whole, s, grad_scale, ACCUMULATE, MOVE, L2, FLAGS, KINDS,
         PARAM_TYPE, GRAD_TYPE, STATE_TYPES, UNSCALE, ROWS, SIZE, CODED, False,
     )  # fmt: skip
+    # An element a thread: with whole tiles the tail, not the main loop, would set the number of registers (70 instead of 48).
+    TAIL_SIZE: tl.constexpr = SIZE if CODED else 256
+    TAIL_ROWS: tl.constexpr = 256 // TAIL_SIZE if TAIL_SIZE < 256 else 1
     update_chunk(
         row, first, whole, count, s, grad_scale, ACCUMULATE, MOVE, L2, FLAGS, KINDS,
-        PARAM_TYPE, GRAD_TYPE, STATE_TYPES, UNSCALE, ROWS, SIZE, CODED, True,
+        PARAM_TYPE, GRAD_TYPE, STATE_TYPES, UNSCALE, TAIL_ROWS, TAIL_SIZE, CODED, True,
     )  # fmt: skip

@@ -18,9 +18,12 @@ from fused_opt.kernels.step import step
 
 # Elements of a program. With four times as many, 124M parameters would be too few programs for a GPU of 132 multiprocessors.
 CHUNK = 8192
-# Of a program; a tile is four elements a thread, 16 bytes of fp32, and at least a block of codes.
+# Of a program, in warps of 32 threads; a tile is four elements a thread, 16 bytes of fp32.
 WARPS = 8
 TILE = WARPS * 32 * 4
+# With codes it is at least a block, and eight elements a thread, which share what is computed for each block: with four, issuing the
+# instructions of most kernels would take longer than 0.7 times what their memory takes (bench/roofline.py).
+CODED_TILE = 2 * TILE
 
 # Elements of a block that a tile of `quantize` takes at most, as MAX_PIECE in kernels/quantize.py.
 MAX_PIECE = 4096
@@ -41,7 +44,7 @@ class Variant:
         kernel: a triton.JITFunction.
         arguments: its run-time arguments and their Triton types, in order, such as {"tensors": "*i64"}; "constexpr" for one that is None.
         constants: its compile-time arguments.
-        num_warps: of a program.
+        num_warps: of a program, in warps of 32 threads.
     """
 
     kernel: Any
@@ -54,10 +57,9 @@ class Variant:
         """Whether this is the kernel that computes scalars."""
         return self.kernel is compute_scalars
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What to compile with."""
-        return {"num_warps": self.num_warps, **OPTIONS}
+    def options(self, warp_size: int = 32) -> dict[str, Any]:
+        """What to compile with, for warps of so many threads (AMD's have 64)."""
+        return {"num_warps": max(self.num_warps * 32 // warp_size, 1), **OPTIONS}
 
     @property
     def constexprs(self) -> dict[str, Any]:
@@ -102,11 +104,13 @@ def step_variant(
         "STATE_TYPES": state_types,
         "UNSCALE": unscale,
         "CHUNK": CHUNK,
-        "ROWS": max(TILE // size, 1),
+        "ROWS": max((CODED_TILE if block_size else TILE) // size, 1),
         "SIZE": size,
         "CODED": block_size > 0,
     }
-    return Variant(step, {"tensors": "*i64", "chunks": "*i32", "scalars": "*fp32"}, constants, WARPS)
+    # A block of 4096 needs 255 registers a thread with half as many threads.
+    warps = 2 * WARPS if size > CODED_TILE else WARPS
+    return Variant(step, {"tensors": "*i64", "chunks": "*i32", "scalars": "*fp32"}, constants, warps)
 
 
 @functools.cache
@@ -151,7 +155,7 @@ class Pieces:
     def of(block_size: int, aligned: bool) -> Pieces:
         """For blocks of that size."""
         size = max(1 << (min(block_size, MAX_PIECE) - 1).bit_length(), 32)
-        return Pieces(-(-block_size // MAX_PIECE), max(TILE // size, 1), size, aligned and size == block_size)
+        return Pieces(-(-block_size // MAX_PIECE), max(CODED_TILE // size, 1), size, aligned and size == block_size)
 
 
 def _code_pointer(code: str) -> str:
@@ -253,5 +257,3 @@ def typical_variants() -> Iterator[tuple[str, Variant]]:
         for scaled in (False, True):
             yield f"scalars of {rule}{', with a scaler' if scaled else ''}", scalars_variant(rule, scaled)
 
-
-typical_steps = typical_variants

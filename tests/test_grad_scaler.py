@@ -191,3 +191,15 @@ def test_gradients_that_cannot_be_divided_in_place() -> None:
         optimizer.step()
         assert_same_bits(param, torch.full((4,), 0.5))
         assert_same_bits(param.grad, torch.ones(4))
+
+
+@fused_classes
+def test_a_group_without_gradients(name: str) -> None:
+    values, grads = make_problem(SHAPES, 1, torch.float32)
+    optimizer, expected = make_pair(name, values, fused=True)
+    for each in (optimizer, expected):
+        each.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+        scaler = make_scaler()
+        set_grads(each, [*scaled(grads[0], scaler, overflow=False), None])
+        scaler.step(each)
+    assert_same_state(optimizer, expected)
