@@ -16,6 +16,7 @@ from fused_opt.arguments import CannotRunError
 COMMANDS = {
     "bench": ("fused_opt.bench.speed", "how fast: times steps against torch's implementations"),
     "parity": ("fused_opt.bench.parity", "how exact: compares the bits of each option with torch's"),
+    "gpu-check": ("fused_opt.bench.gpu_check", "on a GPU: parity, options, speed, in one file to send back"),
     "doctor": ("fused_opt.doctor", "what this installation uses and why, and what is wrong"),
     "demo": ("fused_opt.bench.demo", "trains a small transformer with torch's AdamW and with ours"),
     "quality": ("fused_opt.bench.quality", "what 8-bit states do to trained models, beside what other seeds do"),

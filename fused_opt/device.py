@@ -103,6 +103,7 @@ class DeviceStep:
         self._buckets: list[_Bucket] = []
         self._constants: dict[torch.device, tuple[bytes, torch.Tensor]] = {}
         self._captured = captured  # what graphs refer to: they do not keep it alive
+        self._spare: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}  # host memory for a capture, which may not allocate any
         self._uploads = 0
         self._launches: list[_Launch] = []
         self.ran = Ran(0, 0, 0)
@@ -161,13 +162,13 @@ class DeviceStep:
         if known is not None and not found.rows_changed:
             rows = known.rows
         else:
-            host = _new_host((found.rows, native().module.table_columns), torch.int64, device)
+            host = self._new_host((found.rows, native().module.table_columns), torch.int64, device)
             self._tables.copy_rows(i, host.data_ptr())
             rows = self._upload(host, device)
         if known is not None and not found.chunks_changed:
             chunks = known.chunks
         else:
-            host = _new_host((found.chunks, 2), torch.int32, device)
+            host = self._new_host((found.chunks, 2), torch.int32, device)
             self._tables.copy_chunks(i, host.data_ptr())
             chunks = self._upload(host, device)
         return _Bucket(device, variant, rows, chunks)
@@ -196,8 +197,10 @@ class DeviceStep:
                 row = [*scalars, *(0.0,) * (SCALAR_COLUMNS - len(scalars))]
                 row[RUN] = row[GRAD_SCALE] = 1.0
                 rows.append(row)
-        host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=device.type != "cpu")  # rounds to the nearest
-        return self._upload(host, device)
+        values = torch.tensor(rows, dtype=torch.float32, device="cpu")  # rounds to the nearest
+        if device.type == "cpu":
+            return self._upload(values, device)
+        return self._upload(self._new_host((len(rows), SCALAR_COLUMNS), torch.float32, device).copy_(values), device)
 
     def _upload_constants(self, rule: Rule, shares: Sequence[Share], device: torch.device) -> torch.Tensor:
         """A row for each cohort, as kernels/scalars.py reads it."""
@@ -205,11 +208,21 @@ class DeviceStep:
         known = self._constants.get(device)
         if known is not None and known[0] == content:
             return known[1]
-        host = _new_host((len(content) // 8 // CONSTANT_COLUMNS, CONSTANT_COLUMNS), torch.float64, device)
+        host = self._new_host((len(content) // 8 // CONSTANT_COLUMNS, CONSTANT_COLUMNS), torch.float64, device)
         host.copy_(torch.frombuffer(bytearray(content), dtype=torch.float64).view_as(host))
         table = self._upload(host, device)
         self._constants[device] = content, table
         return table
+
+    def _new_host(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory from which a device copies without making the host wait."""
+        if device.type == "cpu":
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        if _capturing(device) and (shape, dtype) in self._spare:
+            return self._spare.pop((shape, dtype))
+        if not _capturing(device) and (shape, dtype) not in self._spare:
+            self._spare[shape, dtype] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
     def _upload(self, host: torch.Tensor, device: torch.device) -> torch.Tensor:
         self._uploads += 1
@@ -232,11 +245,6 @@ def _constants_row(rule: Rule, share: Share, steps: float, device: torch.device)
     constants = rule.constants(share.group)
     padding = (0.0,) * (CONSTANT_COLUMNS - FIRST_CONSTANT - len(constants))
     return struct.pack(f"dqdd{CONSTANT_COLUMNS - FIRST_CONSTANT}d", value, address, float(is_double), steps + 1, *constants, *padding)
-
-
-def _new_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory from which a device copies without making the host wait."""
-    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type != "cpu")
 
 
 def _capturing(device: torch.device) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import torch
 
@@ -126,15 +125,17 @@ def _paths(the_plan: Plan, group: GroupPlan) -> Iterator[tuple[int, str, str, st
         if index in declined:
             yield index, "torch", "", declined[index]
         elif index in in_tables:
-            yield index, "triton", "", f"on {param.device}, by Triton {version('triton')}{_by_interpreter()}"
+            yield index, "triton", "", f"on {param.device}, by {_triton()}"
         else:
             yield index, f"cpu-{the_plan.backend.isa}", the_plan.backend.isa, the_plan.backend.why
 
 
-def _by_interpreter() -> str:
+def _triton() -> str:
+    import triton
+
     from fused_opt.kernels.launch import launcher
 
-    return "'s interpreter" if launcher.takes_cpu else ""
+    return f"Triton {triton.__version__}{' on the CPU' if launcher.takes_cpu else ''}"
 
 
 def _states(optimizer: FusedStep, group: Group, index: int) -> Iterator[tuple[str, str, int]]:

@@ -299,7 +299,9 @@ def _check_capture(optimizer: FusedStep) -> None:
     """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return
-    if not torch.cuda.is_current_stream_capturing() and not any(group.get("capturable") for group in optimizer.param_groups):
+    if not all("capturable" in group for group in optimizer.param_groups):  # SGD needs nothing from the host but its options
+        return
+    if not torch.cuda.is_current_stream_capturing() and not any(group["capturable"] for group in optimizer.param_groups):
         return
     name = "_accelerator_graph_capture_health_check"  # before torch 2.12: the other
     getattr(optimizer, name if hasattr(optimizer, name) else "_cuda_graph_capture_health_check")()

@@ -25,7 +25,6 @@ FIRST_CONSTANT = tl.constexpr(4)
 CONSTANT_COLUMNS = tl.constexpr(12)
 
 
-
 def _compiled(function):
     """With `tl` among its globals, which Triton's interpreter insists on."""
     return triton.jit(types.FunctionType(function.__code__, {"tl": tl, "__name__": __name__}, function.__name__))

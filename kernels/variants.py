@@ -256,4 +256,3 @@ def typical_variants() -> Iterator[tuple[str, Variant]]:
     for rule in RULES:
         for scaled in (False, True):
             yield f"scalars of {rule}{', with a scaler' if scaled else ''}", scalars_variant(rule, scaled)
-

@@ -21,9 +21,7 @@ TYPICAL = (
     "adamw, fp32",
     "adamw, bf16, int8 states",
     "rmsprop centered momentum l2, fp16",
-    "sgd nesterov l2, bf16, fp32 states",
     "quantize mulaw, float32, stochastic",
-    "scalars of adam, with a scaler",
 )
 TYPICAL_OR_ALL = pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["typical", "all"])
 
@@ -75,7 +73,7 @@ def test_kernels_cost_what_the_table_says(everything: bool) -> None:
 @TYPICAL_OR_ALL
 def test_kernels_have_the_operations_of_the_rules(everything: bool) -> None:
     steps = [finding for finding in compiled(everything) if finding.job[0].startswith(tuple(WRITTEN))]
-    assert len(steps) == len(TARGETS) * len({finding.job[0] for finding in steps}) >= 4 * len(TARGETS)
+    assert len(steps) == len(TARGETS) * len({finding.job[0] for finding in steps}) >= 3 * len(TARGETS)
     assert {finding.job: finding.written for finding in steps} == {finding.job: written_in_step(finding.job[0]) for finding in steps}
 
 
@@ -120,11 +118,11 @@ def test_the_command_writes_the_table_and_compares_with_it(
 )
 def test_faults_are_found(kernel: str, changes: dict[str, Any], words: str, target: str) -> None:
     variant = kernel_costs.typical_variants()[kernel]
-    known = {"maxnreg"} if target == "gfx942" else {"waves_per_eu"}  # options of the other GPU's compiler
+    changed = dataclasses.replace(variant, num_warps=changes.get("num_warps", variant.num_warps))
+    others = {"num_warps", "maxnreg" if target == "gfx942" else "waves_per_eu"}  # and what only the other GPU's compiler knows
     planted = SimpleNamespace(
-        **{name: getattr(variant, name) for name in ("kernel", "arguments", "constants", "signature", "constexprs")},
-        num_warps=changes.get("num_warps", variant.num_warps),
-        options=variant.options | {name: value for name, value in changes.items() if name not in known},
+        **{name: getattr(changed, name) for name in ("kernel", "arguments", "constants", "signature", "constexprs", "num_warps")},
+        options=lambda warp_size: changed.options(warp_size) | {name: value for name, value in changes.items() if name not in others},
     )
     broken = kernel_costs.examine(("planted", target), planted).broken
     assert any(re.search(words, each) for each in broken), broken

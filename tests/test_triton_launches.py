@@ -127,7 +127,7 @@ def test_a_kernel_that_does_not_compile_changes_nothing(driver: StandInDriver, m
 def test_explain(driver: StandInDriver) -> None:
     (row,) = fused_opt.explain(make("AdamW", [64, 9])).rows
     assert (row.path, row.isa, row.parameters) == ("triton", "", 2)
-    assert "on cpu, by Triton 3." in row.reason
+    assert row.reason.startswith("on cpu, by Triton 3.")
 
 
 def test_columns_are_those_of_the_extension() -> None:

@@ -6,9 +6,9 @@ Without 8-bit states, which take it ten times as long, by default; those by the 
 from __future__ import annotations
 
 import pytest
-from triton_steps import FORMATS, FP32, SMALL, Format, UseBackend, compare
 
 from fused_opt.bench.cases import CASES, Case
+from triton_steps import FORMATS, FP32, SMALL, Format, UseBackend, compare
 
 
 def _cases() -> list[object]:
@@ -28,9 +28,8 @@ def test_case_table(case: Case, format_: Format, use_backend: UseBackend) -> Non
 
 
 def test_scalars_computed_on_the_device(use_backend: UseBackend) -> None:
-    from triton_steps import step_by
-
     from helpers import assert_same_state
+    from triton_steps import step_by
 
     case = Case("AdamW", {"weight_decay": 0.1})
     optimizer = step_by("triton", use_backend, case, FP32, SMALL, 3, capturable=True)
