@@ -111,6 +111,7 @@ _captured: list[Any] = []  # what CUDA graphs refer to, as an optimizer's own: t
 @torch.library.custom_op(
     "fused_opt::step",
     mutates_args=("params", "states"),
+    tags=[tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None],  # it keeps tables of its own
     schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor lr, float[] numbers, int[] fresh, str kind) -> ()",
 )
 def step_group(

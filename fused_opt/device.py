@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _CPU, _TYPES = 1, {1: "cpu", 2: "cuda", 10: "cuda"}  # DLPack's numbers; ROCm's devices are called cuda in torch
 
+_REAL = (torch.float32, torch.float64)
+
 # Columns of the tables, as kernels/step.py and kernels/scalars.py have them.
 SCALAR_COLUMNS, RUN, GRAD_SCALE = 12, 9, 10
 CONSTANT_COLUMNS, FIRST_CONSTANT = 12, 4
@@ -103,7 +105,7 @@ class DeviceStep:
         self._buckets: list[_Bucket] = []
         self._constants: dict[torch.device, tuple[bytes, torch.Tensor]] = {}
         self._captured = captured  # what graphs refer to: they do not keep it alive
-        self._spare: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}  # host memory for a capture, which may not allocate any
+        self._rates: list[torch.Tensor] = []  # learning rates that had to be copied
         self._uploads = 0
         self._launches: list[_Launch] = []
         self.ran = Ran(0, 0, 0)
@@ -127,7 +129,14 @@ class DeviceStep:
         found = self._tables.finish()
         unscales = unscales and scaler is not None and scaler.grad_scale is not None
         self._buckets = [self._bucket(rule, i, _Found(*each), unscales) for i, each in enumerate(found)]
+        capturing = any(_capturing(bucket.device) for bucket in self._buckets)
+        if capturing and rule.counter and any(step >= 0 for share in shares for step, _ in share.batch.cohorts):
+            raise RuntimeError(
+                "a CUDA graph is captured of a step whose step counters are in the host's memory, which no replay would count; make the "
+                "optimizer with capturable=True, or move state['step'] to the parameters' device before the capture"
+            )
         self._launches = []
+        self._rates = []
         shared: dict[torch.device, torch.Tensor] = {}  # scalars or constants
         for bucket in self._buckets:
             device = bucket.device
@@ -140,7 +149,7 @@ class DeviceStep:
         if any(
             _capturing(bucket.device) for bucket in self._buckets
         ):  # what was copied here is not there before the graph is replayed, and must stay as long as the graph
-            self._captured.append((self._buckets, shared, self._launches))
+            self._captured.append((self._buckets, shared, self._launches, self._rates))
             self._tables, self._buckets, self._constants = native().module.Tables(self._variants.CHUNK), [], {}
 
     def run(self) -> None:
@@ -162,13 +171,13 @@ class DeviceStep:
         if known is not None and not found.rows_changed:
             rows = known.rows
         else:
-            host = self._new_host((found.rows, native().module.table_columns), torch.int64, device)
+            host = _new_host((found.rows, native().module.table_columns), torch.int64, device)
             self._tables.copy_rows(i, host.data_ptr())
             rows = self._upload(host, device)
         if known is not None and not found.chunks_changed:
             chunks = known.chunks
         else:
-            host = self._new_host((found.chunks, 2), torch.int32, device)
+            host = _new_host((found.chunks, 2), torch.int32, device)
             self._tables.copy_chunks(i, host.data_ptr())
             chunks = self._upload(host, device)
         return _Bucket(device, variant, rows, chunks)
@@ -200,29 +209,32 @@ class DeviceStep:
         values = torch.tensor(rows, dtype=torch.float32, device="cpu")  # rounds to the nearest
         if device.type == "cpu":
             return self._upload(values, device)
-        return self._upload(self._new_host((len(rows), SCALAR_COLUMNS), torch.float32, device).copy_(values), device)
+        return self._upload(_new_host((len(rows), SCALAR_COLUMNS), torch.float32, device).copy_(values), device)
 
     def _upload_constants(self, rule: Rule, shares: Sequence[Share], device: torch.device) -> torch.Tensor:
         """A row for each cohort, as kernels/scalars.py reads it."""
-        content = b"".join(_constants_row(rule, share, step, device) for share in shares for step, _ in share.batch.cohorts)
+        content = b"".join(self._constants_row(rule, share, step, device) for share in shares for step, _ in share.batch.cohorts)
         known = self._constants.get(device)
         if known is not None and known[0] == content:
             return known[1]
-        host = self._new_host((len(content) // 8 // CONSTANT_COLUMNS, CONSTANT_COLUMNS), torch.float64, device)
+        host = _new_host((len(content) // 8 // CONSTANT_COLUMNS, CONSTANT_COLUMNS), torch.float64, device)
         host.copy_(torch.frombuffer(bytearray(content), dtype=torch.float64).view_as(host))
         table = self._upload(host, device)
         self._constants[device] = content, table
         return table
 
-    def _new_host(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory from which a device copies without making the host wait."""
-        if device.type == "cpu":
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        if _capturing(device) and (shape, dtype) in self._spare:
-            return self._spare.pop((shape, dtype))
-        if not _capturing(device) and (shape, dtype) not in self._spare:
-            self._spare[shape, dtype] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
-        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+    def _constants_row(self, rule: Rule, share: Share, steps: float, device: torch.device) -> bytes:
+        lr, value, address, is_double = share.group["lr"], 0.0, 0, 0
+        if isinstance(lr, torch.Tensor) and lr.device.type != "cpu" and (lr.device != device or lr.dtype not in _REAL):
+            lr = lr.to(device, torch.float64, non_blocking=True)
+            self._rates.append(lr)
+        if isinstance(lr, torch.Tensor) and lr.device == device and lr.dtype in _REAL:
+            address, is_double = lr.data_ptr(), int(lr.dtype == torch.float64)
+        else:
+            value = float(lr)
+        constants = rule.constants(share.group)
+        padding = (0.0,) * (CONSTANT_COLUMNS - FIRST_CONSTANT - len(constants))
+        return struct.pack(f"dqdd{CONSTANT_COLUMNS - FIRST_CONSTANT}d", value, address, float(is_double), steps + 1, *constants, *padding)
 
     def _upload(self, host: torch.Tensor, device: torch.device) -> torch.Tensor:
         self._uploads += 1
@@ -234,21 +246,19 @@ class DeviceStep:
             return host.to(device, non_blocking=True)
 
 
-def _constants_row(rule: Rule, share: Share, steps: float, device: torch.device) -> bytes:
-    lr = share.group["lr"]
-    address = is_double = 0
-    value = 0.0
-    if isinstance(lr, torch.Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):
-        address, is_double = lr.data_ptr(), int(lr.dtype == torch.float64)
-    else:
-        value = float(lr)
-    constants = rule.constants(share.group)
-    padding = (0.0,) * (CONSTANT_COLUMNS - FIRST_CONSTANT - len(constants))
-    return struct.pack(f"dqdd{CONSTANT_COLUMNS - FIRST_CONSTANT}d", value, address, float(is_double), steps + 1, *constants, *padding)
+def _new_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory from which a device copies without making the host wait.
+
+    Not pinned during a capture, which allows no such allocation; the copy is made when the graph is replayed.
+    """
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type != "cpu" and not _capturing(device))
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+    if device.type == "cpu":
+        return False
+    with current_device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ NOBODY, CPU_KERNELS, DEVICE_KERNELS = 0, 1, 2
 
 # Of a GPU by NVIDIA; the least that Triton 3.6 to 3.9 compile for.
 _LEAST_CAPABILITY = (7, 5)
+_LEAST_TRITON = (3, 6)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def native() -> Native:
         return Native(None, "", "FUSED_OPT_BACKEND=torch", forced="")
     if backend == "triton" and (problem := triton_problem()):
         raise RuntimeError(f"FUSED_OPT_BACKEND=triton, but {problem}; or unset it")
-    return Native(_cpu, isa, why, forced="" if backend == "torch" else backend)
+    return Native(_cpu, isa, why, forced=backend)
 
 
 @functools.cache
@@ -75,10 +76,19 @@ def triton_problem() -> str:
     import torch
 
     try:
+        import triton
+
+        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+        if version < _LEAST_TRITON:
+            return f"this is Triton {triton.__version__}, and {_LEAST_TRITON[0]}.{_LEAST_TRITON[1]} is the least: install a newer torch"
         from fused_opt.kernels import launch
-    except ImportError as error:
+
+        interprets = launch.launcher.takes_cpu
+    except Exception as error:  # an installation may be broken in any way
         return f"Triton cannot be used ({type(error).__name__}: {error}): pip install 'fused-opt[triton]'"
-    if launch.launcher.takes_cpu:
+    if interprets:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return "TRITON_INTERPRET=1 cannot follow the addresses of tensors on a GPU: unset it"
         return ""
     if not torch.cuda.is_available():
         return (
@@ -89,17 +99,30 @@ def triton_problem() -> str:
         capability = torch.cuda.get_device_capability(index)
         if torch.version.hip is None and capability < _LEAST_CAPABILITY:
             return f"Triton has no kernels for cuda:{index} (compute capability {capability}, 7.5 is the least): hide it from this process"
+    try:
+        triton.runtime.driver.active.get_current_target()  # compiles C
+    except Exception as error:
+        return f"Triton's driver does not start ({type(error).__name__}: {error}): it needs a C compiler and Python's headers"
     return ""
+
+
+def interprets() -> bool:
+    """Whether Triton's kernels take tensors in the CPU's memory. Imports triton."""
+    from fused_opt.kernels import launch
+
+    return bool(launch.launcher.takes_cpu)
 
 
 def gpu_server() -> int:
     """Who steps the tensors of GPUs; whether Triton can is left to be found out until there are some."""
     import torch
 
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # as it is where tensors are on a GPU
+        return NOBODY
     backend = native()
     if backend.module is None or backend.forced == "cpu":
         return NOBODY
-    return DEVICE_KERNELS if torch.cuda.is_initialized() else NOBODY  # type: ignore[no-untyped-call]  # as it is where tensors are on a GPU
+    return NOBODY if triton_problem.cache_info().currsize and triton_problem() else DEVICE_KERNELS
 
 
 def _choose_isa(supported: dict[str, bool]) -> tuple[str, str]:

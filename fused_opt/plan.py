@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from fused_opt import fallback
 from fused_opt.device import DeviceStep, Scaler, Share, computes_scalars
-from fused_opt.native import CPU_KERNELS, DEVICE_KERNELS, NOBODY, Native, gpu_server, native, triton_problem
+from fused_opt.native import CPU_KERNELS, DEVICE_KERNELS, NOBODY, Native, gpu_server, interprets, native, triton_problem
 from fused_opt.rules import NON_NEGATIVE, Group, Program, Rule
 from fused_opt.states import State, check_gradient_dtype, check_storage_options, format_of_new_states, new_state, scale_name
 
@@ -64,7 +64,8 @@ class Plan:
         """
         optimizer = self.optimizer
         native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
-        if any(batch.in_tables for _, batch in native_groups):
+        in_tables = [batch for _, batch in native_groups if batch.in_tables]
+        if in_tables:
             _check_capture(optimizer)
         scaler = _scaler(optimizer) if native_groups else None
         if scaler is not None and self._waits_for_scaler() and scaler.found_inf.item():
@@ -76,15 +77,18 @@ class Plan:
         if native_groups and self.kept.sharing is None:
             self.kept.sharing = self.backend.module.Sharing()
         in_order = self.kept.sharing is not None and self.kept.sharing.found([batch for _, batch in native_groups])
+        if in_order and scaler is not None and scaler.found_inf.item():
+            return
         shares: list[Share] = []
-        on_device = False
+        on_device = unscales = False
         try:
             if not in_order:
                 for (group, batch), states in zip(native_groups, new_states, strict=True):
                     self._adopt(group.group["params"], batch, states)
                     programs = _programs(optimizer._rule, group.group, batch) if states else group.programs
                     shares.append(Share(group.group, batch, programs))
-                on_device = self._prepare(shares, scaler, unscales=True)
+                unscales = scaler is not None and _gradients_of_their_own(shares)
+                on_device = bool(in_tables) and self._prepare(shares, scaler, unscales)
             if declines:
                 fallback.step(optimizer, self.groups, scaler and scaler.grad_scale)
         except BaseException:
@@ -95,9 +99,9 @@ class Plan:
             for (group, _), states in zip(native_groups, new_states, strict=True):
                 self._run_in_order(group, dict(zip(group.missing, states, strict=True)), scaler)
         else:
-            self._run(shares, on_device, scaler)
+            self._run(shares, bool(in_tables), on_device, scaler)
         if scaler is not None and scaler.grad_scale is not None:  # torch's fused kernels leave unscaled gradients behind, too
-            done = set() if in_order else {id(share.group["params"][i]) for share in shares for i in share.batch.table_indices}
+            done = {id(share.group["params"][i]) for share in shares for i in share.batch.table_indices} if unscales else set()
             params = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in done]
             fallback.unscale(params, scaler.grad_scale)
 
@@ -130,24 +134,21 @@ class Plan:
     def _prepare(self, shares: Sequence[Share], scaler: Scaler | None, unscales: bool) -> bool:
         """Make kernels on devices ready. Returns whether they compute the scalars and count steps. With `unscales` also the gradients."""
         shares = [share for share in shares if share.batch.in_tables]
-        if not shares:
-            return False
         on_device = scaler is not None or any(computes_scalars(share.group, share.batch) for share in shares)
         if self.kept.device is None:
             self.kept.device = DeviceStep(self.optimizer.__dict__.setdefault("_captured", []))
         self.kept.device.prepare(self.optimizer._rule, shares, on_device, scaler, unscales)
         return on_device
 
-    def _run(self, shares: Sequence[Share], on_device: bool, scaler: Scaler | None) -> None:
-        for share in shares:
-            increment_version(share.batch.written)  # for autograd, whose checks do not see our writes
-        if any(share.batch.in_tables for share in shares) and self.kept.device is not None:
+    def _run(self, shares: Sequence[Share], in_tables: bool, on_device: bool, scaler: Scaler | None) -> None:
+        if in_tables and self.kept.device is not None:
             self.kept.device.run()
             self.optimizer._last_launched = self.kept.device.ran
         factor = 1.0
         if scaler is not None and scaler.grad_scale is not None and any(share.batch.in_kernels for share in shares):
             factor = 1 / float(scaler.grad_scale)
         for _, batch, programs in shares:
+            increment_version(batch.written)  # for autograd, whose checks do not see our writes
             if factor != 1 and batch.in_kernels:
                 programs = [(flags, (factor * sign, *scalars)) for flags, (sign, *scalars) in programs]
             isa, threads = batch.run(self.optimizer._rule.name, programs, self.backend.isa, torch.get_num_threads(), on_device)
@@ -168,7 +169,8 @@ class Plan:
             _gather(batch, [params[i]], self.optimizer, group)
             self._adopt([params[i]], batch, [new_states[i]] if batch.missing else [])
             shares = [Share(group, batch, _programs(rule, group, batch))]
-            self._run(shares, self._prepare(shares, scaler, unscales=False), scaler)
+            on_device = batch.in_tables and self._prepare(shares, scaler, unscales=False)
+            self._run(shares, batch.in_tables, on_device, scaler)
 
     def _adopt(self, params: Sequence[torch.Tensor], batch: _cpu.Batch, new_states: Sequence[State]) -> None:
         if new_states:
@@ -234,8 +236,13 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: Kept, index: int, g
             )
         for i in batch.mixed:
             check_gradient_dtype(rule, group, i)
+        tables = set(batch.table_indices)
         for i in missing:
-            format_of_new_states(rule, group, i)
+            if format_of_new_states(rule, group, i) == torch.float64 and i in tables:
+                raise ValueError(
+                    f"state_dtype=torch.float64 cannot be had for parameter {i} of group {index}, which is on {params[i].device}: kernels "
+                    "there compute in float32; leave it out, or use float32, bfloat16, float16 or 'int8'"
+                )
     try:
         programs = _programs(rule, group, batch)
         if missing and batch.in_kernels:  # compute theirs too, to fail before anything is written
@@ -257,9 +264,7 @@ def _gather(batch: _cpu.Batch, params: list[torch.Tensor], optimizer: FusedStep,
 
 def _cpu_server(group: Group) -> int:
     if native().forced == "triton":
-        from fused_opt.kernels.launch import launcher
-
-        return DEVICE_KERNELS if launcher.takes_cpu else NOBODY
+        return DEVICE_KERNELS if interprets() else NOBODY
     return NOBODY if group.get("capturable") else CPU_KERNELS
 
 
@@ -279,8 +284,9 @@ def _explained(reason: str, group: Group) -> str:
         if native().forced == "triton":
             return f"{reason}, where Triton's kernels run by its interpreter only (TRITON_INTERPRET=1)"
         return "capturable=True, which torch does not support for parameters on the CPU"
-    if reason == "the parameter is not on the CPU" and gpu_server() != NOBODY and triton_problem():
-        return f"{reason}; {triton_problem()}"
+    known = triton_problem() if native().forced != "cpu" and triton_problem.cache_info().currsize else ""
+    if reason == "the parameter is not on the CPU" and known:
+        return f"{reason}; {known}"
     return reason
 
 
@@ -305,6 +311,12 @@ def _check_capture(optimizer: FusedStep) -> None:
         return
     name = "_accelerator_graph_capture_health_check"  # before torch 2.12: the other
     getattr(optimizer, name if hasattr(optimizer, name) else "_cuda_graph_capture_health_check")()
+
+
+def _gradients_of_their_own(shares: Sequence[Share]) -> bool:
+    """Whether no gradient is that of two parameters: a kernel would unscale it twice."""
+    addresses = [share.group["params"][i].grad.data_ptr() for share in shares for i in share.batch.table_indices]
+    return len(set(addresses)) == len(addresses)
 
 
 def _scaler(optimizer: FusedStep) -> Scaler | None:

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from fused_opt import device_quantization
-from fused_opt.native import NOBODY, gpu_server, native, triton_problem
+from fused_opt.native import NOBODY, gpu_server, interprets, native, triton_problem
 
 BLOCK_SIZES = tuple(2**n for n in range(5, 13))
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -349,7 +349,7 @@ def _call(function: str, tensor: torch.Tensor, *args: Any) -> None:
     backend = native()
     if backend.module is None:
         raise RuntimeError(f"8-bit codes need the extension, and {backend.why}")
-    if tensor.device.type != "cpu" or backend.forced == "triton":
+    if tensor.device.type != "cpu" or (backend.forced == "triton" and interprets()):
         getattr(device_quantization, function)(tensor, *args)
     else:
         getattr(backend.module, function)(tensor, *args, backend.isa, torch.get_num_threads())

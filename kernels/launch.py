@@ -28,6 +28,8 @@ class TritonLauncher:
         """Compile `variant` for the current device, `device`, and arguments such as these."""
         if (variant, device) not in self._compiled:
             kernel = variant.kernel.warmup(*arguments, grid=(1,), **variant.constants, **variant.options(self._warp_size()))
+            if kernel is not None:
+                kernel._init_handles()  # now: loading it can fail, too
             self._compiled[variant, device] = kernel
 
     def _warp_size(self) -> int:

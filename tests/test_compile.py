@@ -144,7 +144,7 @@ def graphs_expected(optimizer: torch.optim.Optimizer) -> list[int]:
 
 
 @pytest.mark.parametrize("backend", HARDER_BACKENDS)
-@pytest.mark.parametrize("case", [c if len(c.options) != 1 else pytest.param(c, marks=pytest.mark.slow) for c in CASES], ids=str)
+@pytest.mark.parametrize("case", [c if len(c.options) == 3 else pytest.param(c, marks=pytest.mark.slow) for c in CASES], ids=str)
 def test_every_case_is_one_graph(case: Case, backend: str) -> None:
     values, grads = make_problem(SHAPES, STEPS, torch.float32)
     (_, optimizer), (_, expected) = (ours(case, values) for _ in range(2))
@@ -308,7 +308,7 @@ def _differentiable(optimizer: torch.optim.Optimizer) -> None:
     "change",
     [_complex, _views_of_one_buffer, pytest.param(_other_dtype, marks=needs_grad_dtype), _scaled, _skipped, _differentiable],
 )
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_the_operator_does_not_take_breaks_the_graph(change: Change, late: bool) -> None:
     """And has the bits of a step that is not compiled, also where steps before it were compiled."""
     values, grads = make_problem(SHAPES, 3, torch.float32)

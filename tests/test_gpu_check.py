@@ -71,6 +71,7 @@ def keys_of(value: Any) -> Iterator[str]:
 
 
 @needs_interpreter
+@pytest.mark.slow
 def test_dry_run_passes_and_measures_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fused_opt", "gpu-check", "--dry-run"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

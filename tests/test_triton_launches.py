@@ -152,3 +152,39 @@ def test_rules_have_the_states_of_their_specs() -> None:
 
     assert {name for rule in RULES.values() for name, *_ in rule.states} == rules.SLOTS
     assert {name for rule in RULES.values() for name, kind, _ in rule.states if not kind.signed} == rules.NON_NEGATIVE
+
+
+def test_a_kernel_that_cannot_be_loaded_changes_nothing(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a GPU's memory is full: before the first launch, also of buckets that could be."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(driver, "load_binary", fail)
+    options = {"betas": (0.5, 0.25), "amsgrad": True}  # nobody else's kernel
+    params = [torch.nn.Parameter(torch.ones(9, dtype=dtype)) for dtype in (torch.float32, torch.float16)]
+    optimizer = fused_opt.AdamW(with_gradients(params), **options)
+    with nothing_changes(optimizer), pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert driver.launches == []
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_parameters_that_share_a_gradient_are_unscaled_once(name: str, driver: StandInDriver) -> None:
+    """By torch, since two programs of a launch would both do it."""
+    optimizer = make(name, [64, 64])
+    a, b = params_of(optimizer)
+    b.grad = a.grad
+    optimizer.step()  # SGD's first one asks the scaler
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    optimizer.step()
+    assert a.grad.eq(0.25).all()
+
+
+def test_states_that_kernels_do_not_take(driver: StandInDriver) -> None:
+    optimizer = make("AdamW", [64], state_dtype=torch.float64)
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(ValueError, match=r"torch\.float64 cannot be had for parameter 0 of group 0, .* leave it out"),
+    ):
+        optimizer.step()

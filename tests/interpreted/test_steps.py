@@ -1,6 +1,6 @@
 """Steps by Triton's interpreter: the case table, bit for bit as the CPU's kernels.
 
-Without 8-bit states, which take it ten times as long, by default; those by the command that CONTRIBUTING.md names.
+By default a sample of it: tests/test_triton_ptx.py runs the whole table in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from fused_opt.bench.cases import CASES, Case
-from triton_steps import FORMATS, FP32, SMALL, Format, UseBackend, compare
+from helpers import assert_same_state
+from triton_steps import BF16, FORMATS, FP32, FP32_INT8, SMALL, Format, UseBackend, compare, step_by
 
 
 def _cases() -> list[object]:
@@ -17,7 +18,7 @@ def _cases() -> list[object]:
     for format_ in FORMATS:
         for case in CASES:
             if format_.allows(case):
-                short = format_ is FP32 or (case.options == {"weight_decay": 0.1} and case.optimizer in ("AdamW", "RMSprop"))
+                short = case.options == {"weight_decay": 0.1} and (format_ in (FP32, FP32_INT8, BF16) or case.optimizer == "AdamW")
                 cases.append(pytest.param(format_, case, id=f"{format_}, {case}", marks=[] if short else [pytest.mark.slow]))
     return cases
 
@@ -28,9 +29,6 @@ def test_case_table(case: Case, format_: Format, use_backend: UseBackend) -> Non
 
 
 def test_scalars_computed_on_the_device(use_backend: UseBackend) -> None:
-    from helpers import assert_same_state
-    from triton_steps import step_by
-
     case = Case("AdamW", {"weight_decay": 0.1})
     optimizer = step_by("triton", use_backend, case, FP32, SMALL, 3, capturable=True)
     assert optimizer._last_launched.scalar_launches == 1
