@@ -110,12 +110,12 @@ def wrong_scalars() -> Any:
 
 
 def wrong_rate() -> Any:
-    constants_row = device._constants_row
+    constants_row = device.DeviceStep._constants_row
 
-    def wrong(rule: Any, share: Any, *args: Any) -> bytes:
-        return constants_row(rule, share._replace(group={**share.group, "lr": float(share.group["lr"]) * 1.001}), *args)
+    def wrong(self: Any, rule: Any, share: Any, *args: Any) -> bytes:
+        return constants_row(self, rule, share._replace(group={**share.group, "lr": float(share.group["lr"]) * 1.001}), *args)
 
-    return mock.patch.object(device, "_constants_row", wrong)
+    return mock.patch.object(device.DeviceStep, "_constants_row", wrong)
 
 
 def overflow_not_seen() -> Any:
