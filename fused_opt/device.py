@@ -103,6 +103,7 @@ class DeviceStep:
         self._launch_module, self._variants = launch, variants
         self._tables = native().module.Tables(variants.CHUNK)
         self._buckets: list[_Bucket] = []
+        self._streams: list[int] = []
         self._constants: dict[torch.device, tuple[bytes, torch.Tensor]] = {}
         self._captured = captured  # what graphs refer to: they do not keep it alive
         self._rates: list[torch.Tensor] = []  # learning rates that had to be copied
@@ -120,6 +121,8 @@ class DeviceStep:
             scaler: only if `on_device`.
             unscales: whether gradients are divided by the scaler's scale where they lie.
         """
+        if self._streams != self._current_streams():
+            self._forget()
         self._uploads = 0
         self._tables.begin()
         row = 0
@@ -146,11 +149,18 @@ class DeviceStep:
                 self._prepare_on_device(rule, bucket, shared[device], scaler)
             else:
                 self._add(bucket, bucket.step, len(bucket.chunks), (bucket.rows, bucket.chunks, shared[device]))
-        if any(
-            _capturing(bucket.device) for bucket in self._buckets
-        ):  # what was copied here is not there before the graph is replayed, and must stay as long as the graph
+        self._streams = self._current_streams()
+        if capturing:  # what was copied here is not there before the graph is replayed, and must stay as long as the graph
             self._captured.append((self._buckets, shared, self._launches, self._rates))
-            self._tables, self._buckets, self._constants = native().module.Tables(self._variants.CHUNK), [], {}
+            self._forget()
+
+    def _current_streams(self) -> list[int]:
+        """Of the buckets' GPUs. Tables are used on the stream that copied them: freed, their memory is given to others on that stream."""
+        return [torch.cuda.current_stream(bucket.device).cuda_stream for bucket in self._buckets if bucket.device.type != "cpu"]
+
+    def _forget(self) -> None:
+        """Copy everything in the next step."""
+        self._tables, self._buckets, self._constants = native().module.Tables(self._variants.CHUNK), [], {}
 
     def run(self) -> None:
         """Launch what was prepared."""
