@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fused_opt
+from fused_opt.native import native, triton_problem
 
 STEPS = 300
 TENSORS = (148, 1000)  # as GPT-2 small has, and many
@@ -48,13 +49,16 @@ def measure() -> Iterator[tuple[str, int, float, float, Any]]:
 
 def main() -> None:
     """Print the table."""
-    os.environ["FUSED_OPT_BACKEND"] = "triton"
     from fused_opt.bench.stand_in_driver import stand_in_driver
+
+    os.environ["FUSED_OPT_BACKEND"] = "triton"
 
     table = Table(title="Host time of a step by Triton kernels that are not run, microseconds")
     for column in ("optimizer", "tensors", "median", "least", "launches", "uploads"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     with stand_in_driver():
+        native.cache_clear()
+        triton_problem.cache_clear()
         for label, count, median, least, ran in measure():
             launches = ran.step_launches + ran.scalar_launches
             table.add_row(label, str(count), f"{median:.0f}", f"{least:.0f}", str(launches), str(ran.uploads))

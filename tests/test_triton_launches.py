@@ -188,3 +188,15 @@ def test_states_that_kernels_do_not_take(driver: StandInDriver) -> None:
         pytest.raises(ValueError, match=r"torch\.float64 cannot be had for parameter 0 of group 0, .* leave it out"),
     ):
         optimizer.step()
+
+
+def test_host_time_prints_a_table(use_backend: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fused_opt.bench import host_time
+
+    use_backend("cpu")  # which it changes itself
+    monkeypatch.setattr(host_time, "STEPS", 4)
+    monkeypatch.setattr(host_time, "TENSORS", (3, 40))
+    native.cache_clear()
+    host_time.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "AdamW, capturable" in line]) == 2
