@@ -46,6 +46,7 @@ class GroupPlan:
     missing: Sequence[int]  # of the batch: index in group["params"] of those that have no states yet
     programs: Sequence[Program]  # one for each cohort of the batch
     declined: Sequence[tuple[int, str]]  # index in group["params"], reason
+    in_tables: bool = False  # whether kernels on a device take some of the batch
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ class Plan:
         """
         optimizer = self.optimizer
         native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
-        in_tables = [batch for _, batch in native_groups if batch.in_tables]
+        in_tables = any(group.in_tables for group, _ in native_groups)
         if in_tables:
             _check_capture(optimizer)
         scaler = _scaler(optimizer) if native_groups else None
@@ -85,10 +86,10 @@ class Plan:
             if not in_order:
                 for (group, batch), states in zip(native_groups, new_states, strict=True):
                     self._adopt(group.group["params"], batch, states)
-                    programs = _programs(optimizer._rule, group.group, batch) if states else group.programs
+                    programs = _programs(optimizer._rule, group.group, batch, group.in_tables) if states else group.programs
                     shares.append(Share(group.group, batch, programs))
                 unscales = scaler is not None and _gradients_of_their_own(shares)
-                on_device = bool(in_tables) and self._prepare(shares, scaler, unscales)
+                on_device = in_tables and self._prepare(shares, scaler, unscales)
             if declines:
                 fallback.step(optimizer, self.groups, scaler and scaler.grad_scale)
         except BaseException:
@@ -99,7 +100,7 @@ class Plan:
             for (group, _), states in zip(native_groups, new_states, strict=True):
                 self._run_in_order(group, dict(zip(group.missing, states, strict=True)), scaler)
         else:
-            self._run(shares, bool(in_tables), on_device, scaler)
+            self._run(shares, in_tables, on_device, scaler)
         if scaler is not None and scaler.grad_scale is not None:  # torch's fused kernels leave unscaled gradients behind, too
             done = {id(share.group["params"][i]) for share in shares for i in share.batch.table_indices} if unscales else set()
             params = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in done]
@@ -160,17 +161,18 @@ class Plan:
         rule, state, group, batch = self.optimizer._rule, self.optimizer.state, plan.group, plan.batch
         assert batch is not None
         params = group["params"]
-        _gather(batch, list(params), self.optimizer, group)  # groups before this one may have changed it
+        gpu = gpu_server()
+        _gather(batch, list(params), self.optimizer, group, gpu)  # groups before this one may have changed it
         indices, stateless = batch.indices, set(batch.missing)
         for i in indices:
             if i in stateless and not rule.zero_states:  # torch decides which buffers are new before the first update
                 for slot in rule.slots(group):
                     state[params[i]].pop(slot, None)
-            _gather(batch, [params[i]], self.optimizer, group)
+            _, in_tables = _gather(batch, [params[i]], self.optimizer, group, gpu)
             self._adopt([params[i]], batch, [new_states[i]] if batch.missing else [])
-            shares = [Share(group, batch, _programs(rule, group, batch))]
-            on_device = batch.in_tables and self._prepare(shares, scaler, unscales=False)
-            self._run(shares, batch.in_tables, on_device, scaler)
+            shares = [Share(group, batch, _programs(rule, group, batch, in_tables))]
+            on_device = in_tables and self._prepare(shares, scaler, unscales=False)
+            self._run(shares, in_tables, on_device, scaler)
 
     def _adopt(self, params: Sequence[torch.Tensor], batch: _cpu.Batch, new_states: Sequence[State]) -> None:
         if new_states:
@@ -201,7 +203,8 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
     backend = native()
     # Taken out while in use: another thread, or explain(), must not find a batch whose kernels are running.
     kept = optimizer.__dict__.pop("_kept", None) or Kept()
-    groups = [_plan_group(optimizer, backend, kept, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
+    gpu = gpu_server()
+    groups = [_plan_group(optimizer, backend, gpu, kept, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
     if backend.forced:
         for i, group in enumerate(groups):
             for index, reason in group.declined:
@@ -212,9 +215,9 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
     return Plan(optimizer, backend, groups, kept)
 
 
-def _plan_group(optimizer: FusedStep, backend: Native, kept: Kept, index: int, group: Group, assume_grad: bool) -> GroupPlan:
+def _plan_group(optimizer: FusedStep, backend: Native, gpu: int, kept: Kept, index: int, group: Group, assume_grad: bool) -> GroupPlan:
     params = group["params"]
-    reason = _why_not_native(backend, group)
+    reason = _why_not_native(backend, group, gpu)
     if reason:
         with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
         return GroupPlan(group, (), None, (), (), [(i, reason) for i in with_grad])
@@ -226,7 +229,8 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: Kept, index: int, g
     )
     missing: Sequence[int] = ()
     declined: Sequence[tuple[int, str]] = ()
-    if _gather(batch, params if type(params) is list else list(params), optimizer, group, assume_grad):
+    unusual, in_tables = _gather(batch, params if type(params) is list else list(params), optimizer, group, gpu, assume_grad)
+    if unusual:
         missing = batch.missing
         declined = [(i, _explained(reason, group)) for i, reason in batch.declined]
         if group.get("fused") and batch.complex:
@@ -236,30 +240,33 @@ def _plan_group(optimizer: FusedStep, backend: Native, kept: Kept, index: int, g
             )
         for i in batch.mixed:
             check_gradient_dtype(rule, group, i)
-        tables = set(batch.table_indices)
         for i in missing:
-            if format_of_new_states(rule, group, i) == torch.float64 and i in tables:
+            if format_of_new_states(rule, group, i) == torch.float64 and i in batch.table_indices:
                 raise ValueError(
                     f"state_dtype=torch.float64 cannot be had for parameter {i} of group {index}, which is on {params[i].device}: kernels "
                     "there compute in float32; leave it out, or use float32, bfloat16, float16 or 'int8'"
                 )
     try:
-        programs = _programs(rule, group, batch)
+        programs = _programs(rule, group, batch, in_tables)
         if missing and batch.in_kernels:  # compute theirs too, to fail before anything is written
             rule.program(group, 1.0, True)
     except (TypeError, ValueError) as error:
         options = {name: value for name, value in group.items() if name != "params"}
         raise type(error)(f"param group {index} has an option of a value that cannot be used: {error}; its options are {options}") from None
-    return GroupPlan(group, slots, None if declined and not batch.indices else batch, missing, programs, declined)
+    return GroupPlan(group, slots, None if declined and not batch.indices else batch, missing, programs, declined, in_tables)
 
 
-def _gather(batch: _cpu.Batch, params: list[torch.Tensor], optimizer: FusedStep, group: Group, assume_grad: bool = False) -> bool:
-    """As Batch.gather, for whoever serves the devices of this process."""
-    cpu, gpu = _cpu_server(group), gpu_server()
+def _gather(
+    batch: _cpu.Batch, params: list[torch.Tensor], optimizer: FusedStep, group: Group, gpu: int, assume_grad: bool = False
+) -> tuple[bool, bool]:
+    """As Batch.gather, for whoever serves the devices of this process. Also returns whether kernels on a device take some."""
+    cpu = _cpu_server(group)
     unusual = batch.gather(params, optimizer.state, assume_grad, cpu, gpu)
+    if DEVICE_KERNELS not in (cpu, gpu):
+        return unusual, False
     if batch.in_tables and triton_problem():
         unusual = batch.gather(params, optimizer.state, assume_grad, cpu, NOBODY)
-    return unusual
+    return unusual, batch.in_tables
 
 
 def _cpu_server(group: Group) -> int:
@@ -268,12 +275,12 @@ def _cpu_server(group: Group) -> int:
     return NOBODY if group.get("capturable") else CPU_KERNELS
 
 
-def _why_not_native(backend: Native, group: Group) -> str:
+def _why_not_native(backend: Native, group: Group, gpu: int) -> str:
     if backend.module is None:
         return backend.why
     if group.get("differentiable"):
         return "differentiable=True: autograd must see the update"
-    if any(isinstance(beta, torch.Tensor) and beta.device.type != "cpu" for beta in group.get("betas", ())):
+    if gpu == DEVICE_KERNELS and any(isinstance(beta, torch.Tensor) and beta.device.type != "cpu" for beta in group.get("betas", ())):
         return "a beta is a tensor on a device"
     return ""
 
@@ -290,9 +297,9 @@ def _explained(reason: str, group: Group) -> str:
     return reason
 
 
-def _programs(rule: Rule, group: Group, batch: _cpu.Batch) -> list[Program]:
+def _programs(rule: Rule, group: Group, batch: _cpu.Batch, in_tables: bool) -> list[Program]:
     """Where all scalars are computed on a device, those here are none."""
-    elsewhere = batch.in_tables and not batch.in_kernels and computes_scalars(group, batch)
+    elsewhere = in_tables and not batch.in_kernels and computes_scalars(group, batch)
     return [
         (rule.flags(group, fresh), ()) if elsewhere or step < 0 else rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts
     ]
