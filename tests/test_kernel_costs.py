@@ -112,7 +112,7 @@ def test_the_command_writes_the_table_and_compares_with_it(
     [
         ("adamw, fp32", {"num_warps": 16}, "of 4 bytes or more, 56 bytes move by accesses narrower than 16"),  # two elements a thread
         ("sgd, bf16", {"num_warps": 16}, "of 2 bytes or more, .* narrower than 8"),
-        ("adamw, fp32", {"enable_fp_fusion": True}, "fused multiply-adds, 10 were asked for"),
+        ("adamw, fp32", {"enable_fp_fusion": True}, "[0-9]+ fused multiply-adds, [0-9]+ were asked for"),
         ("adamw, fp32, int8 states in blocks of 4096", {"maxnreg": 32, "waves_per_eu": 8}, "[1-9][0-9]* bytes are spilled"),
     ],
 )
