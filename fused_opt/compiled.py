@@ -108,10 +108,14 @@ def _apart(written: list[torch.Tensor], read: list[torch.Tensor]) -> bool:
 _captured: list[Any] = []  # what CUDA graphs refer to, as an optimizer's own: the operator's are gone after each step
 
 
+# It keeps tables of its own, which a graph tree would not know. (torch 2.6 knows no tags.)
+_TAGS: dict[str, Any] = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
 @torch.library.custom_op(
     "fused_opt::step",
     mutates_args=("params", "states"),
-    tags=[tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None],  # it keeps tables of its own
+    **_TAGS,
     schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor lr, float[] numbers, int[] fresh, str kind) -> ()",
 )
 def step_group(

@@ -11,4 +11,6 @@ environment=$(mktemp -d)
 trap 'rm -rf "$environment"' EXIT
 python3 -m venv "$environment"
 "$environment/bin/pip" install --quiet "torch==$version" "$wheel[test]"
-"$environment/bin/pytest" "$@"
+# Old versions of torch bring versions of Triton that are too old for the kernels: its tests are left out, by name.
+"$environment/bin/pytest" --ignore-glob 'tests/test_triton_*' --ignore-glob 'tests/test_*_costs.py' --ignore tests/test_ptx_machine.py \
+  --ignore tests/test_gpu_check.py --ignore tests/test_roofline.py "$@"
