@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib
 import importlib.metadata
 import math
@@ -20,7 +18,7 @@ from fused_opt.bench.exact_sample import COMPARED_STEPS, TOLERATED, ExactSample
 from fused_opt.bench.gpu_checks import CannotCheckError, Check, Extent, Found, brief
 from fused_opt.bench.gpu_device import Gpu
 from fused_opt.bench.gpu_machine import clocks
-from fused_opt.bench.measure import Spread, paired_ratios
+from fused_opt.bench.measure import Spread, no_garbage_collection, paired_ratios
 from fused_opt.bench.speed_plan import CONFIGURATIONS, DTYPES
 from fused_opt.bench.speed_row import Tensors
 from fused_opt.bench.workloads import WORKLOADS, Workload
@@ -188,7 +186,7 @@ def measure(gpu: Gpu, timer: Timer, workload: Workload, dtype: str, rounds: int,
     if needed > free:
         row.skipped = f"{workload.name} in {dtype} needs {needed / 1e9:.0f} GB of the GPU's memory, {free / 1e9:.0f} GB are free"
         return row
-    with gpu.by_triton(), _no_garbage_collection():
+    with gpu.by_triton(), no_garbage_collection():
         _measure(gpu, timer, Tensors.random(workload, dtype), row, rounds, wanted)
     row.clocks = clocks()
     return row
@@ -251,18 +249,6 @@ def _step_bytes(optimizer: torch.optim.Optimizer) -> int:
         for param in group["params"]:
             moved += 3 * param.nbytes + 2 * sum(state.nbytes for state in optimizer.state[param].values())
     return moved
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Any:
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 CHECKS = (Check("speed", "times of AdamW's step, and whether it is right", speed, dry=False),)

@@ -64,7 +64,7 @@ def interleave(
         name -> seconds a call, one value for each round. Values at the same index were taken in the same round.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    with _no_garbage_collection():
+    with no_garbage_collection():
         repeats = {name: _repeats(step, min_sample) for name, step in steps.items()}
         start = time.perf_counter()
         for n in range(effort.most):
@@ -125,7 +125,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Within this context none runs beside what is timed."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

@@ -25,10 +25,6 @@ _CPU, _TYPES = 1, {1: "cpu", 2: "cuda", 10: "cuda"}  # DLPack's numbers; ROCm's 
 
 _REAL = (torch.float32, torch.float64)
 
-# Columns of the tables, as kernels/step.py and kernels/scalars.py have them.
-SCALAR_COLUMNS, RUN, GRAD_SCALE = 12, 9, 10
-CONSTANT_COLUMNS, FIRST_CONSTANT = 12, 4
-
 
 class Share(NamedTuple):
     """What a param group has for the device."""
@@ -98,9 +94,11 @@ class DeviceStep:
     """Kept from one step to the next: the tables on the devices. Use: `prepare`, which writes no parameter or state, then `run`."""
 
     def __init__(self, captured: list[Any]) -> None:
-        from fused_opt.kernels import launch, variants
+        from fused_opt.kernels import launch, scalars, step, variants
 
         self._launch_module, self._variants = launch, variants
+        self._scalar_columns, self._run_column, self._grad_scale_column = step.SCALAR_COLUMNS.value, step.RUN.value, step.GRAD_SCALE.value
+        self._constant_columns = scalars.CONSTANT_COLUMNS.value
         self._tables = native().module.Tables(variants.CHUNK)
         self._buckets: list[_Bucket] = []
         self._streams: list[int] = []
@@ -193,7 +191,7 @@ class DeviceStep:
         return _Bucket(device, variant, rows, chunks)
 
     def _prepare_on_device(self, rule: Rule, bucket: _Bucket, constants: torch.Tensor, scaler: Scaler | None) -> None:
-        scalars = torch.empty(len(bucket.rows), SCALAR_COLUMNS, dtype=torch.float32, device=bucket.device)
+        scalars = torch.empty(len(bucket.rows), self._scalar_columns, dtype=torch.float32, device=bucket.device)
         found_inf = grad_scale = None
         if scaler is not None:
             found_inf = scaler.found_inf.to(bucket.device, torch.float32, non_blocking=True)
@@ -213,13 +211,13 @@ class DeviceStep:
         rows = []
         for share in shares:
             for _, scalars in share.programs:
-                row = [*scalars, *(0.0,) * (SCALAR_COLUMNS - len(scalars))]
-                row[RUN] = row[GRAD_SCALE] = 1.0
+                row = [*scalars, *(0.0,) * (self._scalar_columns - len(scalars))]
+                row[self._run_column] = row[self._grad_scale_column] = 1.0
                 rows.append(row)
         values = torch.tensor(rows, dtype=torch.float32, device="cpu")  # rounds to the nearest
         if device.type == "cpu":
             return self._upload(values, device)
-        return self._upload(_new_host((len(rows), SCALAR_COLUMNS), torch.float32, device).copy_(values), device)
+        return self._upload(_new_host((len(rows), self._scalar_columns), torch.float32, device).copy_(values), device)
 
     def _upload_constants(self, rule: Rule, shares: Sequence[Share], device: torch.device) -> torch.Tensor:
         """A row for each cohort, as kernels/scalars.py reads it."""
@@ -227,7 +225,7 @@ class DeviceStep:
         known = self._constants.get(device)
         if known is not None and known[0] == content:
             return known[1]
-        host = _new_host((len(content) // 8 // CONSTANT_COLUMNS, CONSTANT_COLUMNS), torch.float64, device)
+        host = _new_host((len(content) // 8 // self._constant_columns, self._constant_columns), torch.float64, device)
         host.copy_(torch.frombuffer(bytearray(content), dtype=torch.float64).view_as(host))
         table = self._upload(host, device)
         self._constants[device] = content, table
@@ -242,9 +240,9 @@ class DeviceStep:
             address, is_double = lr.data_ptr(), int(lr.dtype == torch.float64)
         else:
             value = float(lr)
-        constants = rule.constants(share.group)
-        padding = (0.0,) * (CONSTANT_COLUMNS - FIRST_CONSTANT - len(constants))
-        return struct.pack(f"dqdd{CONSTANT_COLUMNS - FIRST_CONSTANT}d", value, address, float(is_double), steps + 1, *constants, *padding)
+        numbers = (float(is_double), steps + 1, *rule.constants(share.group))
+        padding = (0.0,) * (self._constant_columns - 2 - len(numbers))
+        return struct.pack(f"dq{self._constant_columns - 2}d", value, address, *numbers, *padding)
 
     def _upload(self, host: torch.Tensor, device: torch.device) -> torch.Tensor:
         self._uploads += 1

@@ -148,10 +148,10 @@ class Plan:
         factor = 1.0
         if scaler is not None and scaler.grad_scale is not None and any(share.batch.in_kernels for share in shares):
             factor = 1 / float(scaler.grad_scale)
-        for _, batch, programs in shares:
+        for group, batch, programs in shares:
             increment_version(batch.written)  # for autograd, whose checks do not see our writes
             if factor != 1 and batch.in_kernels:
-                programs = [(flags, (factor * sign, *scalars)) for flags, (sign, *scalars) in programs]
+                programs = _programs(self.optimizer._rule, group, batch, in_tables, factor)
             isa, threads = batch.run(self.optimizer._rule.name, programs, self.backend.isa, torch.get_num_threads(), on_device)
             if threads:
                 self.optimizer._last_ran = Ran(isa, threads)
@@ -297,11 +297,12 @@ def _explained(reason: str, group: Group) -> str:
     return reason
 
 
-def _programs(rule: Rule, group: Group, batch: _cpu.Batch, in_tables: bool) -> list[Program]:
+def _programs(rule: Rule, group: Group, batch: _cpu.Batch, in_tables: bool, factor: float = 1.0) -> list[Program]:
     """Where all scalars are computed on a device, those here are none."""
     elsewhere = in_tables and not batch.in_kernels and computes_scalars(group, batch)
     return [
-        (rule.flags(group, fresh), ()) if elsewhere or step < 0 else rule.program(group, step + 1, fresh) for step, fresh in batch.cohorts
+        (rule.flags(group, fresh), ()) if elsewhere or step < 0 else rule.program(group, step + 1, fresh, factor)
+        for step, fresh in batch.cohorts
     ]
 
 

@@ -68,11 +68,11 @@ class Rule:
     sparse: bool = False
     takes_codes: Callable[[Group], bool] = _always
 
-    def program(self, group: Group, step: float, fresh: bool) -> Program:
+    def program(self, group: Group, step: float, fresh: bool, factor: float = 1.0) -> Program:
         """Flags and scalars of a step, from float64 numbers."""
         if group.get("foreach") and self.counter and "betas" in group and not isinstance(group["lr"], float | int):
             raise RuntimeError("lr as a Tensor is not supported for capturable=False and foreach=True; leave foreach out, or set a float")
-        scalars = self.scalars(self.constants(group), float(group["lr"]), step, 1.0, operator.pow, math.sqrt)
+        scalars = self.scalars(self.constants(group), float(group["lr"]), step, factor, operator.pow, math.sqrt)
         return self.flags(group, fresh), scalars
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fused_opt import rules as specs
 from fused_opt.kernels import codecs
-from fused_opt.kernels.quantize import dequantize, largest_magnitudes, quantize
+from fused_opt.kernels.quantize import MAX_PIECE, dequantize, largest_magnitudes, quantize
 from fused_opt.kernels.rules import RULES
 from fused_opt.kernels.scalars import FORMULAS, compute_scalars
 from fused_opt.kernels.step import step
@@ -24,9 +24,6 @@ TILE = WARPS * 32 * 4
 # With codes it is at least a block, and eight elements a thread, which share what is computed for each block: with four, issuing the
 # instructions of most kernels would take longer than 0.7 times what their memory takes (bench/roofline.py).
 CODED_TILE = 2 * TILE
-
-# Elements of a block that a tile of `quantize` takes at most, as MAX_PIECE in kernels/quantize.py.
-MAX_PIECE = 4096
 
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
 _COUNTS = {"count": "i64", "block_size": "i64", "parts": "i64"}
@@ -154,8 +151,8 @@ class Pieces:
     @staticmethod
     def of(block_size: int, aligned: bool) -> Pieces:
         """For blocks of that size."""
-        size = max(1 << (min(block_size, MAX_PIECE) - 1).bit_length(), 32)
-        return Pieces(-(-block_size // MAX_PIECE), max(CODED_TILE // size, 1), size, aligned and size == block_size)
+        size = max(1 << (min(block_size, MAX_PIECE.value) - 1).bit_length(), 32)
+        return Pieces(-(-block_size // MAX_PIECE.value), max(CODED_TILE // size, 1), size, aligned and size == block_size)
 
 
 def _code_pointer(code: str) -> str:
@@ -252,7 +249,7 @@ def typical_variants() -> Iterator[tuple[str, Variant]]:
     yield "quantize mulaw, float32, stochastic", quantize_variant("float32", "mulaw", whole, False, 0)
     yield "quantize table, float32", quantize_variant("float32", "table", whole, False, None)
     yield "dequantize table, float32", dequantize_variant("float32", "table", whole)
-    yield "measure, float32", measure_variant("float32", Pieces.of(MAX_PIECE * 2, aligned=True))
+    yield "measure, float32", measure_variant("float32", Pieces.of(MAX_PIECE.value * 2, aligned=True))
     for rule in RULES:
         for scaled in (False, True):
             yield f"scalars of {rule}{', with a scaler' if scaled else ''}", scalars_variant(rule, scaled)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import fused_opt
+from fused_opt.plan import _programs
 from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of
 from pairs import assert_native, make, make_pair, nothing_changes, set_grads, step_with
 
@@ -203,3 +205,13 @@ def test_a_group_without_gradients(name: str) -> None:
         set_grads(each, [*scaled(grads[0], scaler, overflow=False), None])
         scaler.step(each)
     assert_same_state(optimizer, expected)
+
+
+def test_scalars_of_a_group_whose_counters_are_partly_on_a_gpu() -> None:
+    """The factor is in those that the host computes; the others, whose steps it does not know, are none of its business."""
+    group = fused_opt.AdamW([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
+    batch: Any = SimpleNamespace(cohorts=[(-1.0, False), (3.0, False)], in_kernels=True)
+    (_, unknown), (_, known) = _programs(fused_opt.AdamW._rule, group, batch, in_tables=True, factor=0.25)
+    assert unknown == ()
+    assert known[0] == 0.25
+    assert known[1:] == fused_opt.AdamW._rule.program(group, 4.0, False)[1][1:]

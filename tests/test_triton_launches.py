@@ -10,7 +10,7 @@ import torch
 
 import fused_opt
 from fused_opt.bench.stand_in_driver import StandInDriver, stand_in_driver
-from fused_opt.kernels import launch, scalars, step
+from fused_opt.kernels import launch, step
 from fused_opt.kernels.rules import RULES
 from fused_opt.native import native
 from helpers import CLASSES, params_of
@@ -132,19 +132,6 @@ def test_explain(driver: StandInDriver) -> None:
 
 def test_columns_are_those_of_the_extension() -> None:
     assert native().module.table_columns == step.COLUMNS.value
-    assert (step.RUN.value, step.GRAD_SCALE.value, step.SCALAR_COLUMNS.value) == (
-        fused_opt_device().RUN,
-        fused_opt_device().GRAD_SCALE,
-        fused_opt_device().SCALAR_COLUMNS,
-    )
-    assert scalars.CONSTANT_COLUMNS.value == fused_opt_device().CONSTANT_COLUMNS
-    assert scalars.FIRST_CONSTANT.value == fused_opt_device().FIRST_CONSTANT
-
-
-def fused_opt_device() -> Any:
-    from fused_opt import device
-
-    return device
 
 
 def test_rules_have_the_states_of_their_specs() -> None:

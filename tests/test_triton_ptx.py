@@ -15,7 +15,7 @@ from fused_opt.kernels import launch
 from helpers import assert_same_bits, assert_same_state, make_problem, params_of
 from ptx import PtxFaultError
 from ptx.launching import PtxLauncher
-from triton_steps import BF16, BF16_INT8, FORMATS, FP32, FP32_INT8, LARGE, SMALL, Format, UseBackend, compare, step_by
+from triton_steps import BF16, BF16_INT8, FORMATS, FP32, FP32_INT8, LARGE, SMALL, Format, UseBackend, compare, of_all_cases, step_by
 
 ARCHITECTURES = (80, 90, 100)
 # One for each rule, with what makes it longest.
@@ -74,11 +74,8 @@ def test_case_table(case: Case, use_backend: UseBackend, on_gpu: OnGpu) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("format_", FORMATS[1:], ids=str)
-def test_case_table_of_other_formats(case: Case, format_: Format, use_backend: UseBackend, on_gpu: OnGpu) -> None:
-    if not format_.allows(case):
-        pytest.skip("it has no states")
+@pytest.mark.parametrize(("format_", "case"), of_all_cases(FORMATS[1:]), ids=str)
+def test_case_table_of_other_formats(format_: Format, case: Case, use_backend: UseBackend, on_gpu: OnGpu) -> None:
     on_gpu(90)
     compare(use_backend, case, format_, LARGE, steps=2)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fused_opt
-from fused_opt.bench.cases import Case
+from fused_opt.bench.cases import CASES, Case
 from fused_opt.native import native
 from helpers import assert_same_state, make_problem
 
@@ -36,6 +36,11 @@ class Format:
         if self.states is None:
             return {}
         return {"state_dtype": self.states, **({"min_8bit_size": 0} if self.states == "int8" else {})}
+
+
+def of_all_cases(formats: Sequence[Format]) -> list[tuple[Format, Case]]:
+    """Every case of the table with every format that it can have."""
+    return [(format_, case) for format_ in formats for case in CASES if format_.allows(case)]
 
 
 FP32, BF16, FP16 = Format(torch.float32), Format(torch.bfloat16), Format(torch.float16)

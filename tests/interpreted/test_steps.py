@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import pytest
 
-from fused_opt.bench.cases import CASES, Case
+from fused_opt.bench.cases import Case
 from helpers import assert_same_state
-from triton_steps import BF16, FORMATS, FP32, FP32_INT8, SMALL, Format, UseBackend, compare, step_by
+from triton_steps import BF16, FORMATS, FP32, FP32_INT8, SMALL, Format, UseBackend, compare, of_all_cases, step_by
 
 
 def _cases() -> list[object]:
     """Those that take long are marked so."""
     cases = []
-    for format_ in FORMATS:
-        for case in CASES:
-            if format_.allows(case):
-                short = case.options == {"weight_decay": 0.1} and (format_ in (FP32, FP32_INT8, BF16) or case.optimizer == "AdamW")
-                cases.append(pytest.param(format_, case, id=f"{format_}, {case}", marks=[] if short else [pytest.mark.slow]))
+    for format_, case in of_all_cases(FORMATS):
+        short = case.options == {"weight_decay": 0.1} and (format_ in (FP32, FP32_INT8, BF16) or case.optimizer == "AdamW")
+        cases.append(pytest.param(format_, case, id=f"{format_}, {case}", marks=[] if short else [pytest.mark.slow]))
     return cases
 
 
