@@ -8,7 +8,7 @@ and the states by what the code's documentation says.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +38,26 @@ class CodedErrors:
     states: float
 
 
-def follow(case: Case, sample: ExactSample, optimizer: FusedStep, params: Sequence[torch.Tensor]) -> CodedErrors:
-    """Let `optimizer`, which is new, take `COMPARED_STEPS` steps with the gradients of `params`, and compare each of them."""
+def follow(
+    case: Case, sample: ExactSample, optimizer: FusedStep, params: Sequence[torch.Tensor], step: Callable[[], object] | None = None
+) -> CodedErrors:
+    """Let `optimizer`, which is new, take `COMPARED_STEPS` steps with the gradients of `params`, and compare each of them.
+
+    `step` makes it take one (default: its own method).
+    """
     grad = sample.take([param.grad for param in params if param.grad is not None])
-    errors = [_compare_step(case, sample, optimizer, params, grad) for _ in range(COMPARED_STEPS)]
+    errors = [_compare_step(case, sample, optimizer, params, grad, step or optimizer.step) for _ in range(COMPARED_STEPS)]
     return CodedErrors(max(error.parameters for error in errors), max(error.states for error in errors))
 
 
-def _compare_step(case: Case, sample: ExactSample, optimizer: FusedStep, params: Sequence[torch.Tensor], grad: torch.Tensor) -> CodedErrors:
+def _compare_step(
+    case: Case,
+    sample: ExactSample,
+    optimizer: FusedStep,
+    params: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    step: Callable[[], object],
+) -> CodedErrors:
     before = sample.take(params)
     exact = torch.nn.Parameter(before.clone())
     exact.grad = grad
@@ -55,7 +67,7 @@ def _compare_step(case: Case, sample: ExactSample, optimizer: FusedStep, params:
     if state:
         reference.state[exact] = {name: value.clone() for name, value in state.items() if name == optimizer._rule.counter}
         reference.state[exact] |= {slot: _decoded(sample, optimizer, params, slot)[0] for slot in slots}
-    optimizer.step()
+    step()
     reference.step()
 
     after = exact.detach()

@@ -39,8 +39,7 @@ class ExactSample:
     """
 
     def __init__(self, case: Case, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
-        # An odd distance, so that all places in a vector and all parities of a row are met.
-        self.indices = [torch.arange(0, p.numel(), math.ceil(p.numel() / _SAMPLE) | 1) for p in params]
+        self.indices = sample_indices(params)
         self.epsilon = torch.finfo(params[0].dtype).eps
         exact = torch.nn.Parameter(self.take(params))
         exact.grad = self.take(grads)
@@ -56,20 +55,39 @@ class ExactSample:
         self._magnitude = size + moved
 
     def error(self, params: Sequence[torch.Tensor]) -> float:
-        """The largest error of `params` after `COMPARED_STEPS` steps; infinity if one is NaN.
+        """See `error_of`."""
+        return self.error_of(self.take(params))
+
+    def error_of(self, values: torch.Tensor, epsilon: float = 0.0) -> float:
+        """The largest error of parameters after `COMPARED_STEPS` steps, of which `take` took `values`; infinity if one is NaN.
 
         In units of eps (the spacing of numbers at 1) times the parameter's magnitude: the largest that it had plus all steps' lengths.
+        eps is the parameters' or `epsilon`, if that is larger: the one of states that are less precise.
         """
-        return largest((self.take(params) - self._exact).abs() / (self.epsilon * self._magnitude))
+        return largest((values - self._exact).abs() / (max(self.epsilon, epsilon) * self._magnitude))
 
     def detour(self, params: Sequence[torch.Tensor]) -> float:
-        """As `error`, in units of the length of the way that the parameter went: the sum of its steps' lengths."""
-        return largest((self.take(params) - self._exact).abs() / self._moved)
+        """See `detour_of`."""
+        return self.detour_of(self.take(params))
+
+    def detour_of(self, values: torch.Tensor) -> float:
+        """As `error_of`, in units of the length of the way that the parameter went: the sum of its steps' lengths."""
+        return largest((values - self._exact).abs() / self._moved)
 
     def take(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """These elements of all tensors in a row, in float64."""
-        taken = [torch.take(tensor.detach(), index) for tensor, index in zip(tensors, self.indices, strict=True)]
-        return torch.cat(taken).double()
+        """The sampled elements of all tensors in a row, in float64."""
+        return take(tensors, self.indices)
+
+
+def sample_indices(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Of each tensor the elements that are compared."""
+    # An odd distance, so that all places in a vector and all parities of a row are met.
+    return [torch.arange(0, tensor.numel(), math.ceil(tensor.numel() / _SAMPLE) | 1) for tensor in tensors]
+
+
+def take(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The elements with these indices of all tensors in a row, in float64."""
+    return torch.cat([torch.take(tensor.detach(), index) for tensor, index in zip(tensors, indices, strict=True)]).double()
 
 
 def largest(errors: torch.Tensor) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +11,14 @@ from typing import Any
 import torch
 
 import fused_opt
-from fused_opt.bench import peers
+from fused_opt.bench import implementations as known
+from fused_opt.bench.contestants import Tensors
 from fused_opt.bench.exact_sample import COMPARED_STEPS, TOLERATED, ExactSample
 from fused_opt.bench.gpu_checks import CannotCheckError, Check, Extent, Found, brief
 from fused_opt.bench.gpu_device import Gpu
 from fused_opt.bench.gpu_machine import clocks
 from fused_opt.bench.measure import Spread, no_garbage_collection, paired_ratios
-from fused_opt.bench.speed_plan import CONFIGURATIONS, DTYPES
-from fused_opt.bench.speed_row import Tensors
+from fused_opt.bench.speed_plan import AS_TORCH, CONFIGURATIONS, DTYPES
 from fused_opt.bench.workloads import WORKLOADS, Workload
 
 # 148 tensors of 124M elements, 1000 of 64, one of 64M.
@@ -56,8 +54,8 @@ class Implementation:
 def implementations() -> dict[str, Implementation]:
     """By name; of other packages those that are installed."""
 
-    def peer(each: peers.Peer) -> Implementation:
-        return Implementation(lambda params: each.adamw(importlib.import_module(each.package), params), coded=True)
+    def peer(each: known.Implementation) -> Implementation:
+        return Implementation(lambda params: each.make(CASE, params), coded=each.state != AS_TORCH)
 
     found = {
         OURS: Implementation(lambda params: fused_opt.AdamW(params), ours=True),
@@ -65,7 +63,7 @@ def implementations() -> dict[str, Implementation]:
         "torch fused": Implementation(lambda params: torch.optim.AdamW(params, fused=True)),
         "torch foreach": Implementation(lambda params: torch.optim.AdamW(params, foreach=True)),
     }
-    return found | {f"{each.package} {importlib.metadata.version(each.package)}": peer(each) for each in peers.installed()}
+    return found | {f"{each.name} {each.version}": peer(each) for each in known.others() if each.offers(CASE) and not each.missing}
 
 
 class Timer:
@@ -244,11 +242,8 @@ def _needed_bytes(workload: Workload, dtype: str, wanted: Mapping[str, Implement
 
 def _step_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Reads the parameter, the gradient and the states; writes all but the gradient."""
-    moved = 0
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            moved += 3 * param.nbytes + 2 * sum(state.nbytes for state in optimizer.state[param].values())
-    return moved
+    params: int = sum(param.nbytes for group in optimizer.param_groups for param in group["params"])
+    return 3 * params + 2 * known.state_bytes(optimizer)
 
 
 CHECKS = (Check("speed", "times of AdamW's step, and whether it is right", speed, dry=False),)

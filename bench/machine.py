@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +16,12 @@ import torch
 import fused_opt
 from fused_opt.doctor import cpu_model
 from fused_opt.native import native
+
+ISA_VARIABLE = "FUSED_OPT_CPU_ISA"
+
+# Share of the CPU that other programs may take. An idle desktop takes 1 to 3 %; with one of 2 cores taken by another
+# program (50 %), a step of torch's that starts a thread team for each tensor took up to 100 times as long.
+TOLERATED_LOAD = 0.1
 
 
 def describe() -> dict[str, str | int]:
@@ -32,6 +40,24 @@ def describe() -> dict[str, str | int]:
         "isa": backend.isa or "none: torch's own step",
         "why": backend.why,
     }
+
+
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Within this context our code runs on `name`; on the one in use if that is ""."""
+    before = os.environ.get(ISA_VARIABLE)
+    if name:
+        os.environ[ISA_VARIABLE] = name
+        native.cache_clear()
+    try:
+        yield
+    finally:
+        if name:
+            if before is None:
+                del os.environ[ISA_VARIABLE]
+            else:
+                os.environ[ISA_VARIABLE] = before
+            native.cache_clear()
 
 
 def available_memory() -> int | None:
@@ -68,14 +94,25 @@ class OtherLoad:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds: of all CPUs at work, of all CPUs in all, of this process at work."""
+        """Seconds: of all CPUs at work, of all CPUs in all, of this process and its children at work."""
         try:
             fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]  # without guests: user has theirs
         except OSError:
             return None
         seconds = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
         idle = seconds[3] + seconds[4]  # idle and iowait; the last field is time stolen by other guests
-        return sum(seconds) - idle, sum(seconds), time.process_time()
+        return sum(seconds) - idle, sum(seconds), _own_seconds()
+
+
+def _own_seconds() -> float:
+    """At work: of this process, its children that have ended, and those of multiprocessing that have not."""
+    ended = os.times()
+    seconds = time.process_time() + ended.children_user + ended.children_system
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+            seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return seconds
 
 
 def _size(file: str, key: str) -> int | None:

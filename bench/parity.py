@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -134,7 +132,7 @@ def compare(case: Case, dtype: str, steps: int, isas: Sequence[str], threads: Se
     rows = []
     for isa in isas:
         for count in threads:
-            with _instruction_set(isa), measure.threads(count):
+            with machine.instruction_set(isa), measure.threads(count):
                 optimizer = getattr(fused_opt, case.optimizer)(_parameters(values), **case.options)
                 before, ran = _steps(optimizer, grads[:-1])
                 before = [{name: value.clone() for name, value in tensors.items()} for tensors in before]
@@ -208,19 +206,3 @@ def _first_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> s
             i = int(different.nonzero()[0])
             return f"element {i} of {a.numel()}: {a[i].item():.17g} instead of {b[i].item():.17g}"
     return ""
-
-
-@contextlib.contextmanager
-def _instruction_set(name: str) -> Iterator[None]:
-    """Within this context our code runs on `name`."""
-    before = os.environ.get("FUSED_OPT_CPU_ISA")
-    os.environ["FUSED_OPT_CPU_ISA"] = name
-    native.cache_clear()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["FUSED_OPT_CPU_ISA"]
-        else:
-            os.environ["FUSED_OPT_CPU_ISA"] = before
-        native.cache_clear()

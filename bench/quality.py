@@ -1,166 +1,90 @@
-"""`fused-opt quality`: what 8-bit states do to trained models, beside what another seed does."""
+"""`fused-opt quality`: what states in fewer bits do to trained models, beside what another seed does."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-from dataclasses import asdict, dataclass
-from statistics import mean, stdev
-from typing import Any
+from collections.abc import Collection
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from fused_opt.arguments import CannotRunError, one_of, whole_number, writable_file
-from fused_opt.bench import machine
-from fused_opt.bench.quality_tasks import RECIPES, TASKS, Trained
-from fused_opt.bench.speed_plan import AS_TORCH, INT8
-from fused_opt.native import native
+from fused_opt.bench import machine, suite
+from fused_opt.bench.quality_recipes import RECIPES
+from fused_opt.bench.quality_report import Curve as Curve
+from fused_opt.bench.quality_report import curves as curves
+from fused_opt.bench.quality_report import sheets as sheets
+from fused_opt.bench.quality_tasks import TASKS
+from fused_opt.bench.quality_units import DEFAULT, FORMATS, SEEDS, SHARED, Combination, combinations, units, why_not
+from fused_opt.bench.quality_units import PART as PART
+from fused_opt.bench.sheet import to_rich
+from fused_opt.bench.training import SCHEDULES
 
-HELP = "train models with states as in torch and in 8 bits, with several seeds, and compare losses and accuracies on held-out data"
+HELP = "train models with states as in torch, in bfloat16 and in 8 bits, with several seeds, and compare what they do on held-out data"
 
-WIDTH = 130  # of the table, where the terminal is narrower: lines that wrap are better than columns cut off
+WIDTH = 140  # of the tables, where the terminal is narrower: lines that wrap are better than columns cut off
+
+DECAYS = {"default": True, "none": False}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A metric of a task, seed by seed: values at the same index began with equal weights and saw equal batches.
-
-    Attributes:
-        task, optimizer, metric: their names.
-        exact: with states as torch has them.
-        coded: with 8-bit states.
-        state_bytes: of a parameter's value, with 8-bit states.
-    """
-
-    task: str
-    optimizer: str
-    metric: str
-    exact: list[float]
-    coded: list[float]
-    state_bytes: float
-
-    @property
-    def differences(self) -> list[float]:
-        """What 8-bit states change."""
-        return [coded - exact for coded, exact in zip(self.coded, self.exact, strict=True)]
-
-    @property
-    def seeds_spread(self) -> float:
-        """What another seed changes: the standard deviation with states as torch has them."""
-        return stdev(self.exact)
-
-    @property
-    def within(self) -> bool:
-        """Whether the mean difference is at most what another seed changes."""
-        return abs(mean(self.differences)) <= self.seeds_spread
+def default_units() -> list[suite.Unit]:
+    """What is measured where nothing is selected."""
+    return units(DEFAULT, SEEDS, None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    tasks, recipes = (", ".join(names) for names in (TASKS, RECIPES))
+    tasks = ", ".join(TASKS)
     parser.add_argument("tasks", nargs="*", type=one_of("task", TASKS), metavar="task", help=f"any of {tasks} (default: all)")
-    text = f"any of {recipes} (default: adamw)"
-    parser.add_argument("--optimizer", nargs="+", type=one_of("optimizer", RECIPES), default=["adamw"], metavar="NAME", help=text)
-    parser.add_argument("--seeds", type=whole_number(2, 1000), default=3, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument(
-        "--steps",
-        type=whole_number(1, 1_000_000),
-        default=500,
-        metavar="N",
-        help="of each training (default: %(default)s, 4 minutes in all)",
-    )
+    selections: list[tuple[str, str, Collection[str], str]] = [
+        ("--optimizer", "optimizer", RECIPES, SHARED[0]),
+        ("--schedule", "schedule", SCHEDULES, SHARED[1]),
+        ("--decay", "decay", DECAYS, "default"),
+    ]
+    for option, kind, names, default in selections:
+        text = f"any of {', '.join(names)} (default: {default}, if one of these is given)"
+        parser.add_argument(option, nargs="+", action="extend", type=one_of(kind, names), metavar="NAME", help=text)
+    text = f"formats of states to compare with torch's: any of {', '.join(FORMATS)} (default: all)"
+    parser.add_argument("--state", nargs="+", action="extend", type=one_of("format of states", FORMATS), metavar="FORMAT", help=text)
+    parser.add_argument("--seeds", type=whole_number(2, 1000), default=SEEDS, metavar="N", help="how many (default: %(default)s)")
+    steps = ", ".join(f"{name} {task.steps}" for name, task in TASKS.items())
+    parser.add_argument("--steps", type=whole_number(1, 1_000_000), metavar="N", help=f"of each training (default: {steps})")
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write everything measured to FILE")
+    parser.add_argument("--resume", action="store_true", help="measure only what is not in the file of --json yet")
+    parser.epilog = (
+        "Without a selection (5 minutes): the transformer with adamw and warm-up; the others with every optimizer along a cosine, and with "
+        "adamw along every schedule. Decay is decoupled in adamw and L2 in the others."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, compare, report.
+    """Train, compare, report, also when interrupted.
 
     Returns:
-        The exit status: 0. How much difference is too much is for the reader to say.
+        The exit status: 0; 130 if interrupted. How much difference is too much is for the reader to say.
 
     Raises:
-        CannotRunError: there are no 8-bit states here.
+        CannotRunError: states have torch's formats only here, or there is nothing to go on with.
     """
-    if native().module is None:
-        raise CannotRunError(f"8-bit states need the extension, and {native().why}")
+    if why := why_not():
+        raise CannotRunError(why)
+    formats = [state for state in FORMATS if state in (args.state or FORMATS)]
+    steps = {name: args.steps or task.steps for name, task in TASKS.items()}
+    settings = {"threads": torch.get_num_threads(), "steps": steps, "states": formats}
+    results = suite.Results(machine.describe(), settings, path=args.json)
+    if args.resume:
+        if args.json is None:
+            raise CannotRunError("--resume needs the file to go on with; give --json FILE, too")
+        results.resume(args.json)
     console = Console(highlight=False)
-    comparisons: list[Comparison] = []
-    with console.status("") as status:
-        for task, optimizer in itertools.product(dict.fromkeys(args.tasks or TASKS), dict.fromkeys(args.optimizer)):
-            trained = []
-            for seed in range(args.seeds):
-                status.update(f"{task}, {optimizer}, seed {seed + 1} of {args.seeds}")
-                trained.append(TASKS[task](RECIPES[optimizer], seed, args.steps))
-            comparisons += compare(task, optimizer, trained)
-    Console(width=max(console.width, WIDTH)).print(table(comparisons))
-    console.print("\n".join(notes(comparisons, args.seeds, args.steps)), markup=False, soft_wrap=True)
-    if args.json:
-        results = {
-            "machine": machine.describe(),
-            "settings": {"threads": torch.get_num_threads(), "seeds": args.seeds, "steps": args.steps},
-            "comparisons": [_json(comparison) for comparison in comparisons],
-        }
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+    complete = suite.run(units(_selection(args), args.seeds, args.steps, formats), results, console)
+    Console(width=max(console.width, WIDTH), highlight=False).print(to_rich(sheets(results.part(PART))))
+    return 0 if complete else 130
 
 
-def compare(task: str, optimizer: str, trained: list[Trained]) -> list[Comparison]:
-    """A comparison for each metric, from what came of each seed."""
-    return [
-        Comparison(
-            task=task,
-            optimizer=optimizer,
-            metric=metric,
-            exact=[seed.metrics[AS_TORCH][metric] for seed in trained],
-            coded=[seed.metrics[INT8][metric] for seed in trained],
-            state_bytes=trained[0].state_bytes[INT8],
-        )
-        for metric in trained[0].metrics[AS_TORCH]
-    ]
-
-
-def table(comparisons: list[Comparison]) -> Table:
-    """One line for each."""
-    result = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("task", "optimizer", "metric"):
-        result.add_column(name, no_wrap=True)
-    for name in ("as torch", "seeds' spread", "8-bit", "difference", "its spread", "within", "state bytes"):
-        result.add_column(name, justify="right")
-    for row in comparisons:
-        result.add_row(
-            row.task,
-            row.optimizer,
-            row.metric,
-            f"{mean(row.exact):.4f}",
-            f"{row.seeds_spread:.4f}",
-            f"{mean(row.coded):.4f}",
-            f"{mean(row.differences):+.4f}",
-            f"{stdev(row.differences):.4f}",
-            "yes" if row.within else "NO",
-            f"{row.state_bytes:.2f}",
-        )
-    return result
-
-
-def notes(comparisons: list[Comparison], seeds: int, steps: int) -> list[str]:
-    """How to read the table."""
-    return [
-        f"{seeds} seeds, {steps} steps, threads: {torch.get_num_threads()}. Loss in nats, on held-out data; of digits means of 5 folds.",
-        "as torch, 8-bit: means over the seeds; spread: standard deviation over them; difference: of trainings with equal weights and",
-        "batches; within: the mean difference is at most the seeds' spread; state bytes: of a parameter's value, with 8-bit states.",
-        *(f"8-bit states changed {row.metric} of {row.task} by more than another seed does." for row in comparisons if not row.within),
-    ]
-
-
-def _json(row: Comparison) -> dict[str, Any]:
-    return {
-        **asdict(row),
-        "seeds_spread": row.seeds_spread,
-        "difference": mean(row.differences),
-        "spread_of_difference": stdev(row.differences),
-        "within": row.within,
-    }
+def _selection(args: argparse.Namespace) -> list[Combination]:
+    tasks = args.tasks or list(TASKS)
+    if not (args.optimizer or args.schedule or args.decay):
+        return [combination for combination in DEFAULT if combination.task in tasks]
+    decays = [DECAYS[name] for name in args.decay or ["default"]]
+    return combinations(tasks, args.optimizer or SHARED[:1], args.schedule or SHARED[1:], decays)

@@ -1,25 +1,53 @@
-"""Rows of the speed table for `quantize_blockwise` and `dequantize_blockwise`, beside the streaming limit and other packages.
+"""Times `quantize_blockwise` and `dequantize_blockwise`, beside the streaming limit and other packages.
 
 Not beside torch: its nearest function, torch.quantize_per_tensor, has one scale for a whole tensor, is deprecated, and warns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
 import fused_opt
-from fused_opt.bench import peers
+from fused_opt.bench import block_peers
+from fused_opt.bench.block_peers import DEQUANTIZE, QUANTIZE, Peer
 from fused_opt.bench.machine import available_memory
-from fused_opt.bench.measure import Effort, Spread, Streaming, interleave
+from fused_opt.bench.measure import Effort, Estimate, Sampler, Spread, Streaming, interleave, paired_ratios, samplers
+from fused_opt.bench.suite import OnShare, Record, Unit
+from fused_opt.bench.worker import WorkerError
 from fused_opt.native import native
 
+PART = "blocks"
 ELEMENTS = 64 * 2**20
-QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
 INTO = " into out"
+
+# A call of others takes seconds: torchao's 0.75 s, 2.4 s.
+FEW = Effort(budget=1.0, least=6, most=20)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A function of another package, timed beside ours.
+
+    Attributes:
+        peer: the package and its version.
+        ours, seconds: a call, by rounds.
+        failure: why it was not measured, or "".
+    """
+
+    peer: str
+    ours: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def ratio(self) -> Estimate:
+        """How many times as long as ours it took, in the same round."""
+        return Estimate.of(paired_ratios(self.seconds, self.ours))
 
 
 @dataclass(frozen=True)
@@ -42,7 +70,7 @@ class BlocksRow:
     seconds: list[float]
     limits: list[float]
     right: bool
-    peers: list[peers.Beside]
+    peers: list[Beside] = field(default_factory=list)
 
     @cached_property
     def gb_per_s(self) -> Spread:
@@ -62,42 +90,83 @@ class Blocks:
     rows: list[BlocksRow] = field(default_factory=list)
     skipped: str = ""
 
+    def to_record(self) -> Record:
+        """Times are in seconds, sizes in bytes, throughput in 1e9 bytes a second."""
+        rows = [{**asdict(row), "gb_per_s": asdict(row.gb_per_s), "share_of_limit": asdict(row.share)} for row in self.rows]
+        return {"skipped": self.skipped, "rows": rows}
+
+    @classmethod
+    def from_record(cls, record: Record) -> Blocks:
+        """What `to_record` made."""
+
+        def row(values: Mapping[str, Any]) -> BlocksRow:
+            own = {name: values[name] for name in BlocksRow.__dataclass_fields__}
+            return BlocksRow(**{**own, "peers": [Beside(**peer) for peer in values["peers"]]})
+
+        return cls([row(values) for values in record["rows"]], record["skipped"])
+
+
+def from_records(records: Mapping[str, Record]) -> list[Blocks]:
+    """What was measured: one, or none."""
+    return [Blocks.from_record(record) for record in records.values()]
+
+
+def units(effort: Effort, streaming: Callable[[], Streaming], with_peers: bool) -> list[Unit]:
+    """One; for `streaming` see `measure_blocks`."""
+
+    def measure(on_share: OnShare) -> Record:
+        return measure_blocks(effort, streaming, with_peers, on_share).to_record()
+
+    return [Unit(PART, f"{ELEMENTS:,} values", measure, seconds=effort.budget + (30 if with_peers else 2))]
+
 
 def measure_blocks(
-    effort: Effort, streaming: Callable[[], Streaming], on_round: Callable[[float], None], elements: int = ELEMENTS
+    effort: Effort, streaming: Callable[[], Streaming], with_peers: bool, on_share: OnShare, elements: int = ELEMENTS
 ) -> Blocks:
-    """Measure with torch's current number of threads; for the arguments see `speed_row.measure_row`."""
+    """Measure with torch's current number of threads.
+
+    Args:
+        effort: how many rounds.
+        streaming: gives the streaming kernels; called only if they are needed.
+        with_peers: whether other packages are timed, too.
+        on_share: called after each round.
+        elements: how many values.
+    """
     if native().module is None:
         return Blocks(skipped=f"needs the extension, and {native().why}")
     needed = elements * (3 * 4 + 3 * 1)  # the values, the result, a new one; their codes
     available = available_memory()
     if available is not None and needed > available:
         return Blocks(skipped=f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available")
-    x = torch.randn(elements, generator=torch.Generator().manual_seed(0))
+    x = block_peers.random_values(elements)
     codes, values = fused_opt.quantize_blockwise(x), torch.empty_like(x)
-    calls: dict[str, Callable[[], object]] = {
-        QUANTIZE: lambda: fused_opt.quantize_blockwise(x),
-        DEQUANTIZE: lambda: fused_opt.dequantize_blockwise(codes),
-        QUANTIZE + INTO: lambda: fused_opt.quantize_blockwise(x, out=codes),
-        DEQUANTIZE + INTO: lambda: fused_opt.dequantize_blockwise(codes, out=values),
-    }
+    calls = samplers(
+        {
+            QUANTIZE: lambda: fused_opt.quantize_blockwise(x),
+            DEQUANTIZE: lambda: fused_opt.dequantize_blockwise(codes),
+            QUANTIZE + INTO: lambda: fused_opt.quantize_blockwise(x, out=codes),
+            DEQUANTIZE + INTO: lambda: fused_opt.dequantize_blockwise(codes, out=values),
+        }
+    )
     memory = streaming()
-    samples = interleave({**calls, **memory.kernels()}, effort, lead_in=False, on_round=on_round)
+    samples = interleave({**calls, **samplers(memory.kernels())}, effort, lead_in=False, on_round=on_share)
     limits, right = memory.limits(samples), _right(x, values, codes)
-    beside = [peers.blocks_beside(peer, x, {name: calls[name] for name in (QUANTIZE, DEQUANTIZE)}) for peer in peers.installed()]
-    rows = [
-        BlocksRow(
-            function=name,
-            elements=elements,
-            moved_bytes=x.nbytes + codes.nbytes,
-            seconds=samples[name],
-            limits=limits,
-            right=right,
-            peers=[found[name] for found in beside if name in found],
-        )
-        for name in calls
-    ]
-    return Blocks(rows)
+    beside: dict[str, list[Beside]] = {QUANTIZE: [], DEQUANTIZE: []}
+    for name, peer in block_peers.installed().items() if with_peers else ():
+        for function, found in beside.items():
+            found.append(_beside(name, peer, elements, function, calls[function]))
+    return Blocks(
+        [BlocksRow(name, elements, x.nbytes + codes.nbytes, samples[name], limits, right, beside.get(name, [])) for name in calls]
+    )
+
+
+def _beside(name: str, peer: Peer, elements: int, function: str, ours: Sampler) -> Beside:
+    try:
+        with block_peers.Elsewhere(peer, elements, function) as theirs:
+            samples = interleave({"ours": ours, "peer": theirs.sample}, FEW, lead_in=False)
+    except WorkerError as error:
+        return Beside(name, failure=str(error))
+    return Beside(name, samples["ours"], samples["peer"])
 
 
 def _right(x: torch.Tensor, values: torch.Tensor, codes: fused_opt.QuantizedTensor) -> bool:

@@ -27,6 +27,12 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def list_of_numbers(low: int, high: int) -> Callable[[str], list[int]]:
+    """An argparse type for whole numbers from `low` to `high`, separated by commas."""
+    parse = whole_number(low, high)
+    return lambda text: [parse(word) for word in text.split(",")]
+
+
 def one_of(kind: str, names: Collection[str]) -> Callable[[str], str]:
     """An argparse type for one of these names, which are `kind`s."""
 
@@ -45,4 +51,22 @@ def writable_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}; make it first")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written; give a file in a folder of yours")
+    return path
+
+
+def readable_file(text: str) -> Path:
+    """An argparse type for a file that is there."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file; give one that is there")
+    return path
+
+
+def writable_folder(text: str) -> Path:
+    """An argparse type for a folder to write files to; it is made if its parent is there."""
+    path = Path(text)
+    if not path.exists() and path.absolute().parent.is_dir():
+        path.mkdir()
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder that can be written; give one of yours")
     return path

@@ -14,7 +14,7 @@ from fused_opt.arguments import CannotRunError
 # Command -> its module and its line in the help, which is here because the help must also work, and at once, where the
 # module's own imports fail. The command's own help begins with the module's HELP.
 COMMANDS = {
-    "bench": ("fused_opt.bench.speed", "how fast: times steps against torch's implementations"),
+    "bench": ("fused_opt.bench.benchmark", "how fast, how exact, how small: steps and trainings, against torch and other packages"),
     "parity": ("fused_opt.bench.parity", "how exact: compares the bits of each option with torch's"),
     "gpu-check": ("fused_opt.bench.gpu_check", "on a GPU: parity, options, speed, in one file to send back"),
     "doctor": ("fused_opt.doctor", "what this installation uses and why, and what is wrong"),

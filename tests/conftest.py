@@ -62,3 +62,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def without_the_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Until the test ends there is none."""
+    monkeypatch.setenv("FUSED_OPT_BACKEND", "torch")
+    native.cache_clear()
+    yield
+    monkeypatch.undo()
+    native.cache_clear()

@@ -1,0 +1,179 @@
+"""Runs what is to be measured, unit by unit, and keeps what has been: an interrupted run loses one unit, and can be resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fused_opt.arguments import CannotRunError
+from fused_opt.bench import machine
+
+# What was measured, as JSON has it.
+Record = dict[str, Any]
+
+OnShare = Callable[[float], None]  # called with the share of a unit that is done, 0 to 1, outside of anything that is timed
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that is measured, kept and resumed as a whole.
+
+    Attributes:
+        part: of the suite, such as "speed".
+        name: unique within the part.
+        measure: does it.
+        seconds: about how long it takes, for the progress bar.
+    """
+
+    part: str
+    name: str
+    measure: Callable[[OnShare], Record]
+    seconds: float = 1.0
+
+
+@dataclass
+class Results:
+    """Everything that a run has measured.
+
+    Attributes:
+        machine: see `machine.describe`.
+        settings: what all units of a run have in common; a run is only resumed with the same ones.
+        records: part -> name of a unit -> what it measured.
+        loads: part -> name of a unit -> share of the CPU, 0 to 1, that other programs took meanwhile; None where the system does not tell.
+        path: the file that holds all this, or None.
+    """
+
+    machine: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    records: dict[str, dict[str, Record]] = field(default_factory=dict)
+    loads: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    path: Path | None = None
+
+    def part(self, name: str) -> dict[str, Record]:
+        """The records of a part, in the order of measuring; empty if there are none."""
+        return self.records.get(name, {})
+
+    @property
+    def worst_load(self) -> float | None:
+        """The largest of `loads`."""
+        known = [load for loads in self.loads.values() for load in loads.values() if load is not None]
+        return max(known, default=None)
+
+    def keep(self, unit: Unit, record: Record, load: float | None) -> None:
+        """Add what a unit measured, and write the file."""
+        self.records.setdefault(unit.part, {})[unit.name] = record
+        self.loads.setdefault(unit.part, {})[unit.name] = load
+        self.write()
+
+    def write(self) -> None:
+        """To `path`, if there is one: all of it or, if that fails, nothing."""
+        if self.path is None:
+            return
+        content = {name: getattr(self, name) for name in ("machine", "settings", "records", "loads")}
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(_to_json(content), indent=1, allow_nan=False) + "\n")
+        beside.replace(self.path)
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """What `write` wrote.
+
+        Raises:
+            CannotRunError: it is not such a file.
+        """
+        try:
+            content = json.loads(path.read_text())
+            return cls(**{name: content[name] for name in ("machine", "settings", "records", "loads")}, path=path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise CannotRunError(f"{str(path)!r} has no results of fused-opt bench ({why}); give a file written by --json") from error
+
+    def resume(self, path: Path) -> None:
+        """Go on with what an earlier run wrote.
+
+        Raises:
+            CannotRunError: it ran elsewhere, or with other settings.
+        """
+        earlier = Results.read(path)
+        for what in ("machine", "settings"):
+            now, then = _to_json(getattr(self, what)), getattr(earlier, what)
+            if different := [key for key in {**now, **then} if now.get(key) != then.get(key)]:
+                key = different[0]
+                raise CannotRunError(
+                    f"{str(path)!r} cannot be resumed: its {key} is {then.get(key)!r}, now it is {now.get(key)!r}; leave out --resume"
+                )
+        self.records, self.loads = earlier.records, earlier.loads
+
+
+def run(units: Sequence[Unit], results: Results, console: Console) -> bool:
+    """Measure the units that are not in the results yet. Returns whether all is done; False if interrupted."""
+    to_do = [unit for unit in units if unit.name not in results.part(unit.part)]
+    with Bar(console, to_do) as bar:
+        try:
+            for unit in to_do:
+                load = machine.OtherLoad()
+                record = unit.measure(bar.begin(unit))
+                results.keep(unit, record, load.share())
+        except KeyboardInterrupt:
+            left = sum(unit.name not in results.part(unit.part) for unit in units)
+            resume = f"; go on with: --json {results.path} --resume" if results.path else ""
+            console.print(f"Interrupted: {len(units) - left} of {len(units)} are measured{resume}.", markup=False, soft_wrap=True)
+            return False
+    return True
+
+
+class Bar:
+    """A progress bar over units, on a terminal only.
+
+    It is drawn between samples, ten times a second at the most. The thread that usually draws would take time from what is measured.
+    """
+
+    def __init__(self, console: Console, units: Iterable[Unit]) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=sum(unit.seconds for unit in units))
+        self._drawn = -math.inf
+        self._unit: Unit | None = None
+        self._done = 0.0
+
+    def begin(self, unit: Unit) -> OnShare:
+        """Draw that the last unit is done and this one begins. Returns what is to be called with the share of it that is done."""
+        if self._unit:
+            self._done += self._unit.seconds
+        self._unit = unit
+        self._drawn = -math.inf
+        self._show(0)
+        return self._show
+
+    def _show(self, share: float) -> None:
+        if self._unit and time.monotonic() > self._drawn + 0.1:
+            done, name = self._done + share * self._unit.seconds, f"{self._unit.part}: {self._unit.name}"
+            self._progress.update(self._task, completed=done, description=name, refresh=True)
+            self._drawn = time.monotonic()
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+
+def _to_json(value: Any) -> Any:
+    """`value` in what JSON has: no infinity, no NaN (None instead), keys that are strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,446 @@
+"""`fused-opt bench`: what is measured, kept, resumed, compared and refused. How long things took is not tested."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import planted_peers
+import pytest
+import torch
+
+import fused_opt
+from fused_opt import cli
+from fused_opt.bench import benchmark, block_peers, measure, speed_blocks, speed_measure, stability
+from fused_opt.bench.block_peers import DEQUANTIZE, QUANTIZE
+from fused_opt.bench.exact_sample import TOLERATED
+from fused_opt.bench.implementations import Implementation, implementations, packages
+from fused_opt.bench.measure import Effort, Estimate, interleave
+from fused_opt.bench.sheet import to_rich
+from fused_opt.bench.speed_blocks import INTO, BlocksRow, measure_blocks
+from fused_opt.bench.speed_files import COLUMNS
+from fused_opt.bench.speed_plan import FULL_JOBS, INT8, PEER_JOBS, QUICK_JOBS, jobs
+from fused_opt.bench.speed_row import CONTIGUOUS, OURS, PLAIN, Row, Skipped, from_record
+from fused_opt.bench.suite import Results
+from fused_opt.native import native
+
+BLOCK = 256
+SMALL = Effort(budget=0.05, least=2, most=6)
+ADAMW = ("rl", "--optimizer", "adamw")
+
+
+@pytest.fixture(autouse=True)
+def short_runs_without_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages of others that happen to be installed take seconds."""
+    for name in ("QUICK", "FULL", "PEERS"):
+        monkeypatch.setattr(benchmark, name, SMALL)
+    for name in [name for name, each in implementations().items() if each.package not in ("torch", "fused_opt")]:
+        monkeypatch.delitem(implementations(), name)
+
+
+def bench(tmp_path: Path, *arguments: str, status: int = 0) -> Results:
+    """What the command measured."""
+    file = tmp_path / "bench.json"
+    assert cli.main(["bench", *arguments, "--json", str(file)]) == status
+    return Results.read(file)
+
+
+def rows(results: Results) -> list[dict[str, Any]]:
+    return list(results.part("speed").values())
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, *names: str, state: str = "as-torch") -> None:
+    for name in names:
+        monkeypatch.setitem(implementations(), name, Implementation(name, "pytest", {"AdamW": f"planted_peers:{name}"}, state=state))
+
+
+def test_bench_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = rows(bench(tmp_path, *ADAMW))
+    assert "adamw" in capsys.readouterr().out
+    assert (row["workload"], row["tensors"], row["dtype"], row["layout"]) == ("rl", 12, "float32", "contiguous")
+    assert set(row["samples"]) == set(row["first_seconds"]) == set(row["peak_bytes"]) == {"ours", "fused", "foreach", "for-loop"}
+    assert len({len(times) for times in row["samples"].values()}) == 1, "every round times every implementation"
+    assert min(min(times) for times in row["samples"].values()) > 0
+    assert min(row["first_seconds"].values()) > 0
+    assert row["wrong"] == []
+    assert 0 < row["errors"]["ours"] < TOLERATED
+    assert set(row["state_bytes"].values()) == {8 * row["elements"]}, "exp_avg and exp_avg_sq in float32"
+    assert row["ran"] == (native().isa or "torch")
+
+
+def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
+    for record in rows(bench(tmp_path, *ADAMW, "--state", "as-torch", "int8", "--dtype", "float32", "float64")):
+        row = from_record(record)
+        assert json.loads(json.dumps(row.to_record())) == record
+        assert isinstance(row, Skipped) is (record["state"] == INT8 and record["dtype"] == "float64")
+
+
+def test_bench_measures_every_combination_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dtypes, layouts, threads = ["bfloat16"], ["permuted", "gaps"], [1, 2]
+    selection = ("--dtype", *dtypes, "--layout", *layouts, "--optimizer", "sgd", "--threads", "1,2")
+    found = rows(bench(tmp_path, "rl", *selection))
+    expected = [(dtype, layout, count) for dtype in dtypes for layout in layouts for count in threads]
+    assert [(row["dtype"], row["layout"], row["threads"]) for row in found] == expected
+    printed = capsys.readouterr().out
+    for row in found:
+        assert f"{row['dtype']}, {row['layout']}" in printed
+        assert set(row["samples"]) == {"ours", CONTIGUOUS, "fused", "foreach", "for-loop"}
+        assert "ours" not in row["wrong"]
+        assert from_record(row).fastest not in row["wrong"]
+
+
+def test_every_row_is_measured_with_its_threads_and_instruction_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    measure_rounds = speed_measure.interleave
+    before = torch.get_num_threads()
+
+    def interleave(*args: Any, **options: Any) -> Any:
+        seen.append((torch.get_num_threads(), native().isa))
+        return measure_rounds(*args, **options)
+
+    monkeypatch.setattr(speed_measure, "interleave", interleave)
+    module = native().module
+    assert module is not None
+    usable = [name for name, supported in module.isas() if supported]
+    found = rows(bench(tmp_path, *ADAMW, "--threads", "1", "3", "--isa", "all"))
+    assert seen == [(threads, isa) for threads in (1, 3) for isa in usable]
+    assert [(row["threads"], row["ran"]) for row in found] == seen
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("wrong", ["ours", "fused"])
+def test_bench_finds_an_implementation_that_does_nothing(
+    wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the fastest of all, and not called so."""
+    if wrong == "ours":
+        monkeypatch.setattr(fused_opt.AdamW, "step", lambda self: None)
+    else:
+        step = torch.optim.AdamW.step
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None if self.defaults["fused"] else step(self))
+    (row,) = rows(bench(tmp_path, *ADAMW, status=1 if wrong == "ours" else 0))
+    who = "fused_opt" if wrong == "ours" else "torch, fused"
+    assert f"{who} is WRONG: rl adamw float32 contiguous" in capsys.readouterr().out
+    assert row["wrong"] == [wrong]
+    assert row["fastest"] in {"fused", "foreach", "for-loop"} - {wrong}
+
+
+def test_the_runs_have_rows_of_all_kinds() -> None:
+    for selection in (QUICK_JOBS, FULL_JOBS):
+        assert len(set(selection)) == len(selection)
+        assert {job.layout for job in selection if job.workload.name == "resnet50"} >= {"contiguous", "permuted", "other-grad"}
+        coded = {job.workload.name for job in selection if job.state == INT8 and job.configuration == "adamw"}
+        assert coded >= {"gpt2", "resnet50", "mlp", "tiny"}
+    assert {job.dtype for job in FULL_JOBS if job.workload.name == "gpt2"} >= {"float32", "bfloat16", "float16"}
+    assert set(QUICK_JOBS) <= set(FULL_JOBS), "the full run has all that the quick one has"
+    assert {job.threads for job in FULL_JOBS} == {0, 1}
+
+
+def test_torchs_fastest_implementation_must_be_right() -> None:
+    (job,) = jobs(["rl"], ["float32"], ["contiguous"], ["adamw"])
+    samples = {"ours": [1.0], "fused": [0.5], "for-loop": [3.0], "foreach": [2.0]}
+
+    def row(fused_error: float) -> Row:
+        errors = {name: fused_error if name == "fused" else 1.0 for name in samples}
+        nothing = dict.fromkeys(samples, 0)
+        return Row(job, samples, [], errors, [], dict.fromkeys(samples, 0.0), dict.fromkeys(samples), nothing, nothing)
+
+    assert row(TOLERATED).fastest == "fused"
+    assert row(TOLERATED * 1.01).fastest == "foreach"
+
+
+def test_csv_has_a_line_for_each_contestant(tmp_path: Path) -> None:
+    file = tmp_path / "bench.csv"
+    selection = ("--state", "int8", "--dtype", "float32", "float64", "--threads", "1")
+    results = bench(tmp_path, *ADAMW, *selection, "--csv", str(file))
+    with file.open(newline="") as lines:
+        found = list(csv.DictReader(lines))
+    assert tuple(found[0]) == COLUMNS
+    measured, skipped = rows(results)
+    assert [line["contestant"] for line in found[:-1]] == list(measured["samples"])
+    assert found[-1]["skipped"] == skipped["skipped"]
+    for line in found[:-1]:
+        assert float(line["seconds"]) == measured["seconds"][line["contestant"]]["median"]
+        assert int(line["threads"]) == 1
+        assert line["isa"] == native().isa
+    assert float(found[0]["speed_up"]) == 1
+
+
+def test_bench_times_8_bit_states_beside_torchs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = rows(bench(tmp_path, "single", "--optimizer", "adamw", "--state", "int8"))
+    assert set(row["samples"]) == {"ours", PLAIN, "fused", "foreach", "for-loop"}
+    assert len({len(times) for times in row["samples"].values()}) == 1
+    elements = 65_536
+    assert row["state_bytes"]["ours"] == 2 * (elements + 4 * elements // BLOCK)
+    assert row["state_bytes"]["fused"] == row["state_bytes"][PLAIN] == 8 * elements
+    assert row["step_bytes"] == {name: 12 * elements + 2 * size for name, size in row["state_bytes"].items()}
+    assert row["wrong"] == []
+    assert max(row["errors"].values()) < TOLERATED / 2
+    assert set(row["coded"]) == set(row["detours"]) == {"ours"}
+    assert row["coded"]["ours"]["states"] <= 1
+    assert 0.001 < row["detours"]["ours"] < 0.1, "not hidden: a code has five significant bits"
+    printed = capsys.readouterr().out
+    assert "float32, contiguous, our states int8" in printed
+    assert "2.03" in printed
+
+
+def test_bench_judges_bfloat16_states_by_their_own_precision(tmp_path: Path) -> None:
+    (row,) = rows(bench(tmp_path, "single", "--optimizer", "adamw", "--state", "bfloat16"))
+    assert row["state_bytes"]["ours"] == 4 * 65_536
+    assert row["wrong"] == []
+    assert 0.01 < row["errors"]["ours"] < TOLERATED / 2, "in units of bfloat16's eps"
+
+
+def test_bench_skips_what_cannot_have_8_bit_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = rows(bench(tmp_path, *ADAMW, "--state", "int8", "--dtype", "float64"))
+    assert "torch.float64" in row["skipped"]
+    assert "rl adamw float64 contiguous int8 states was skipped" in capsys.readouterr().out
+
+
+def test_bench_skips_what_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_opt.bench.machine.available_memory", lambda: 10_000)
+    (row,) = rows(bench(tmp_path, *ADAMW))
+    assert re.search(r"needs 0\.\d GB of memory, 0\.0 GB are available", row["skipped"])
+
+
+@pytest.mark.usefixtures("without_the_extension")
+def test_without_the_extension_there_are_no_8_bit_rows(tmp_path: Path) -> None:
+    found = bench(tmp_path, "blocks", *ADAMW, "--state", "int8")
+    assert "FUSED_OPT_BACKEND=torch" in rows(found)[0]["skipped"]
+    (blocks,) = found.part("blocks").values()
+    assert "FUSED_OPT_BACKEND=torch" in blocks["skipped"]
+
+
+def test_bench_finds_8_bit_steps_that_do_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_opt.AdamW, "step", lambda self: None)
+    (row,) = rows(bench(tmp_path, *ADAMW, "--state", "int8", status=1))
+    assert row["wrong"] == ["ours", PLAIN]
+    assert "fused_opt is WRONG: rl adamw float32 contiguous int8 states" in capsys.readouterr().out
+
+
+def small_blocks(with_peers: bool = False, elements: int = 2**16 + 100) -> speed_blocks.Blocks:
+    streaming = functools.cache(lambda: measure.Streaming(2**16))
+    return measure_blocks(SMALL, streaming, with_peers, lambda share: None, elements)
+
+
+def test_bench_times_blockwise_functions() -> None:
+    blocks = small_blocks()
+    assert [row.function for row in blocks.rows] == [QUANTIZE, DEQUANTIZE, QUANTIZE + INTO, DEQUANTIZE + INTO]
+    for row in blocks.rows:
+        assert row.moved_bytes == 5 * row.elements + 4 * math.ceil(row.elements / BLOCK)
+        assert len(row.seconds) == len(row.limits) >= 2
+        assert row.right
+    assert speed_blocks.Blocks.from_record(json.loads(json.dumps(blocks.to_record()))) == blocks
+    row = BlocksRow(QUANTIZE, 1, 2 * 10**9, [1.0, 0.5], [4.0, 4.0], True)
+    assert (row.gb_per_s.median, row.share.median) == (3.0, 0.75)
+
+
+def test_bench_finds_a_wrong_blockwise_function(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fused_opt.dequantize_blockwise
+    monkeypatch.setattr(fused_opt, "dequantize_blockwise", lambda q, out=None: real(q, out).mul_(1.005))
+    monkeypatch.setattr(speed_blocks, "measure_blocks", lambda *_: small_blocks())
+    bench(tmp_path, "blocks", status=1)
+    assert "fused_opt is WRONG: what dequantize_blockwise makes" in capsys.readouterr().out
+
+
+def test_blocks_are_a_workload_of_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_blocks, "measure_blocks", lambda *_: small_blocks())
+    found = bench(tmp_path, "blocks")
+    assert rows(found) == []
+    (blocks,) = found.part("blocks").values()
+    assert [row["function"] for row in blocks["rows"]][:2] == [QUANTIZE, DEQUANTIZE]
+    printed = capsys.readouterr().out
+    assert "quantize_blockwise" in printed
+    assert "speed-up" not in printed
+
+
+def test_others_are_timed_in_processes_of_their_own_and_stop_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, "Working", "Failing", "Dying")
+    absent = Implementation("absent", "not_installed_anywhere", {"AdamW": "nowhere:AdamW"}, install="ask somebody")
+    monkeypatch.setitem(implementations(), "absent", absent)
+    names = ("Working", "Dying", "Failing", "absent")
+    results = bench(tmp_path, *ADAMW, "--implementation", *names)
+    working, dying, failing, missing = rows(results)
+    assert set(working["samples"]) == {"ours", "Working"}
+    assert len(working["samples"]["ours"]) == len(working["samples"]["Working"]) >= 2
+    assert 0 < working["errors"]["Working"] < TOLERATED
+    assert working["state_bytes"]["Working"] == 8 * working["elements"]
+    assert dying["skipped"] == "crashed: SIGKILL"
+    assert failing["skipped"] == "RuntimeError: no compiler found"
+    assert missing["skipped"] == "not installed; ask somebody"
+    printed = capsys.readouterr().out
+    assert "rl adamw float32 contiguous against Dying was skipped: crashed: SIGKILL" in printed
+    assert "not installed; ask somebody" in printed
+    assert results.machine["packages"]["pytest"] == pytest.__version__
+
+
+@pytest.mark.slow  # four processes
+def test_blockwise_functions_of_others_are_timed_and_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_peers, "PEERS", {"pytest": planted_peers.copying, "rich": planted_peers.failing})
+    found = {row.function: row for row in small_blocks(with_peers=True).rows}
+    for name in (QUANTIZE, DEQUANTIZE):
+        working, broken = found[name].peers
+        assert working.peer == f"pytest {pytest.__version__}"
+        assert working.ratio.median > 0
+        assert broken.failure == "RuntimeError: no compiler found"
+    assert not found[QUANTIZE + INTO].peers
+
+
+def test_states_of_others_are_compared_with_ours_of_the_same_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "Working", state=INT8)
+    implementation = implementations()["Working"]
+    assert [benchmark._comparable(job, implementation) for job in PEER_JOBS[:1]] == [False]
+    (coded,) = jobs(["rl"], ["float32"], ["contiguous"], ["adamw"], [INT8])
+    assert benchmark._comparable(coded, implementation)
+    (sgd,) = jobs(["rl"], ["float32"], ["contiguous"], ["sgd"], [INT8])
+    assert not benchmark._comparable(sgd, implementation), "it has none"
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selection = ("rl", "--optimizer", "adamw", "sgd", "rmsprop")
+    measured: list[str] = []
+    measure_row = speed_measure.measure_row
+
+    def interrupted_at(name: str) -> Callable[..., Any]:
+        def measure(job: Any, *args: Any) -> Any:
+            if job.configuration == name:
+                raise KeyboardInterrupt
+            measured.append(job.configuration)
+            return measure_row(job, *args)
+
+        return measure
+
+    monkeypatch.setattr(speed_measure, "measure_row", interrupted_at("sgd"))
+    assert len(rows(bench(tmp_path, *selection, status=130))) == 1
+    printed = capsys.readouterr().out
+    assert "Interrupted: 1 of 3 are measured; go on with: --json" in printed
+    assert "for-loop" in printed, "what was measured is shown"
+    monkeypatch.setattr(speed_measure, "measure_row", interrupted_at(""))
+    resumed = bench(tmp_path, *selection, "--resume")
+    assert [row["configuration"] for row in rows(resumed)] == measured == ["adamw", "sgd", "rmsprop"]
+
+
+def test_a_run_is_not_resumed_elsewhere_or_with_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bench.json"
+    results = bench(tmp_path, *ADAMW)
+    for what, change in (("settings", {"threads": 77}), ("machine", {"torch": "1.0"})):
+        content = json.loads(file.read_text())
+        content[what] |= change
+        file.write_text(json.dumps(content))
+        assert cli.main(["bench", *ADAMW, "--json", str(file), "--resume"]) == 2
+        ((name, value),) = change.items()
+        assert f"its {name} is {value!r}, now it is" in capsys.readouterr().err
+        results.write()
+    assert cli.main(["bench", *ADAMW, "--resume"]) == 2
+    assert "give --json FILE or --report DIR" in capsys.readouterr().err
+
+
+def test_what_was_measured_can_be_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench(tmp_path, *ADAMW)
+    first = capsys.readouterr().out
+    assert cli.main(["bench", "--from", str(tmp_path / "bench.json")]) == 0
+    assert capsys.readouterr().out == first
+    (tmp_path / "bench.json").write_text("[]")
+    assert cli.main(["bench", "--from", str(tmp_path / "bench.json")]) == 2
+    assert "give a file written by --json" in capsys.readouterr().err
+
+
+def test_a_slower_run_is_found_by_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = bench(tmp_path, *ADAMW)
+    (name,) = results.part("speed")
+
+    def slowed(factor: float) -> Path:
+        record = json.loads(json.dumps(results.part("speed")[name]))
+        record["samples"] = {who: [factor if who == OURS else 2.0] * 8 for who in record["samples"]}
+        results.records["speed"][name] = record
+        results.path = tmp_path / f"{factor}.json"
+        results.write()
+        return results.path
+
+    fast, slow, slightly = slowed(1.0), slowed(1.5), slowed(1.1)
+    assert cli.main(["bench", "--from", str(slow), "--compare", str(fast)]) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 1 differ by more than 15%" in printed
+    assert f"Slower than before, beyond both confidence intervals: {name}" in printed
+    assert cli.main(["bench", "--from", str(fast), "--compare", str(slow)]) == 0, "faster is no failure"
+    assert cli.main(["bench", "--from", str(slightly), "--compare", str(fast)]) == 0
+    assert "all agree within 15%" in capsys.readouterr().out
+
+
+def test_two_quick_runs_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen = jobs(["rl"], ["float32"], ["contiguous"], ["adamw"])
+    monkeypatch.setattr(benchmark.speed_plan, "QUICK_JOBS", chosen)
+    results = bench(tmp_path, "--part", "stability")
+    assert list(results.part("stability")) == [f"{run} {chosen[0]}" for run in ("first", "second")]
+    (sheet,) = stability.sheets(results.part("stability"))
+    assert sheet.rows[0][0].text == str(chosen[0])
+    assert "the median difference is" in sheet.notes[0]
+
+
+def test_other_programs_that_kept_the_machine_busy_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_opt.bench.machine.OtherLoad.share", lambda self: 0.5)
+    results = bench(tmp_path, *ADAMW)
+    assert benchmark.load_warning(results).startswith("Do not trust these times: other programs took up to 50% of the CPU during 1 of them")
+    results.loads = {"speed": {"a": 0.05, "b": None}}
+    assert benchmark.load_warning(results) == ""
+
+
+def test_estimates_have_the_intervals_of_order_statistics() -> None:
+    """Of 20 values the 6th and the 15th, which enclose the median with 95.9 %; of fewer than 6 the extremes."""
+    values = [float(n) for n in range(1, 21)]
+    assert Estimate.of(values) == Estimate(10.5, 6.0, 15.0)
+    assert Estimate.of([3.0, 1.0, 2.0]) == Estimate(2.0, 1.0, 3.0)
+    assert Estimate.of([1.0]) == Estimate(1.0, 1.0, 1.0)
+
+
+def test_rounds_take_turns_and_samples_are_long_enough() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def sampler(name: str, seconds: float) -> Callable[[int], float]:
+        def sample(repeats: int) -> float:
+            calls.append((name, repeats))
+            return seconds * repeats
+
+        return sample
+
+    names = {"slow": 1.0, "quick": 0.3e-3, "quicker": 0.2e-3}
+    found = interleave({name: sampler(name, seconds) for name, seconds in names.items()}, Effort(1e-9, 6, 6), lead_in=False)
+    assert found == {name: pytest.approx([seconds] * 6) for name, seconds in names.items()}
+    rounds = [calls[-18:][start : start + 3] for start in range(0, 18, 3)]
+    assert all(sorted(each) == [("quick", 4), ("quicker", 8), ("slow", 1)] for each in rounds), "1 ms at least"
+    assert {each[0][0] for each in rounds} == {each[-1][0] for each in rounds} == set(names)
+
+
+def test_packages_of_others_are_listed_with_version_or_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "Working")
+    absent = Implementation("absent", "not_installed_anywhere", {})
+    monkeypatch.setitem(implementations(), "absent", absent)
+    assert packages() == {"pytest": pytest.__version__, "not_installed_anywhere": "not installed; pip install not_installed_anywhere"}
+
+
+def test_sheets_escape_what_looks_like_markup() -> None:
+    from rich.console import Console
+
+    from fused_opt.bench.sheet import BAD, Cell, Sheet
+
+    sheet = Sheet("t", ["a"], ["b"])
+    sheet.add("[red]x", Cell("[1]", BAD))
+    sheet.notes.append("see [2]")
+    console = Console(width=60, color_system=None)
+    with console.capture() as capture:
+        console.print(to_rich([sheet]))
+    assert all(text in capture.get() for text in ("[red]x", "[1]", "see [2]"))
