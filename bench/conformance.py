@@ -12,7 +12,7 @@ import importlib
 import io
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cache, partial
 
 import torch
@@ -68,23 +68,23 @@ def measure(
         record["failure"] = runs.failure
         for n, (key, dtype) in enumerate([] if runs.failure else work):
             on_share(n / len(work))
-            check = {"optimizer": key[0], "option": key[1], "dtype": dtype, "crash": "", "error": "", "left_out": ""}
-            if runs.spent > BUDGET:
-                check["left_out"] = f"the checks before took {runs.spent:.0f} s"
-            else:
-                try:
-                    result = runs.call(key, dtype)
-                except WorkerError as error:
-                    check["crash"] = str(error)
-                else:
-                    if isinstance(result, str):
-                        check["error"] = result
-                    else:
-                        found[key, dtype], size = result
-                        without = found.get(((key[0], CHECKS[key].without), dtype))
-                        check |= {**_compare(key, dtype, found[key, dtype], without), "state_bytes": size}
-            record["checks"].append(check)
+            about = {"optimizer": key[0], "option": key[1], "dtype": dtype}
+            record["checks"].append({**about, **_check(runs, key, dtype, found)})
     return record
+
+
+def _check(runs: _Runs, key: Key, dtype: str, found: dict[tuple[Key, str], Result]) -> Record:
+    """Run a check, add its result to those `found` before, and compare it with the one without; or say why not."""
+    if runs.spent > BUDGET:
+        return {"left_out": f"the checks before took {runs.spent:.0f} s"}
+    try:
+        answer = runs.call(key, dtype)
+    except WorkerError as error:
+        return {"crash": str(error)}
+    if isinstance(answer, str):
+        return {"error": answer}
+    found[key, dtype], size = answer
+    return {**_compare(key, dtype, found[key, dtype], found.get(((key[0], CHECKS[key].without), dtype))), "state_bytes": size}
 
 
 class _Runs:
@@ -182,9 +182,11 @@ def effect(key: Key, dtype: str) -> float:
 def _compare(key: Key, dtype: str, found: Result, without: Result | None) -> Record:
     """What `conformance_report.Verdict` needs."""
     exact, torchs = reference(key, dtype, True), reference(key, dtype, False)
-    runs = zip(CHECKS[key].steps, found.params, exact.params, torchs.params, strict=True)
     return {
-        "deviations": [{"steps": steps, **_deviation(*params, _start(dtype))} for steps, *params in runs],
+        "deviations": [
+            {"steps": steps, **_deviation(own, right, theirs, _start(dtype))}
+            for steps, own, right, theirs in zip(CHECKS[key].steps, found.params, exact.params, torchs.params, strict=True)
+        ],
         "as_torch": _same(found, torchs),
         "as_without": without is not None and _same(found, without),
         "effect": effect(key, dtype),
@@ -206,7 +208,7 @@ def _deviation(found: torch.Tensor, exact: torch.Tensor, torchs: torch.Tensor, s
     allowed = [torch.maximum(each.norm(), half_ulp * right.norm()) for each, right in zip(_parts(torchs_error), _parts(exact), strict=True)]
     return {
         "ulp_max": float(ulps.max()),
-        "ulp_mean": float(ulps.mean()),
+        "ulp_mean": _rounded(float(ulps.mean())),
         "relative": _ratio(error, way),
         "relative_worst": max(map(_ratio, _parts(error), _parts(way))),
         "excess": max(map(_ratio, _parts(error), allowed)),
@@ -217,10 +219,15 @@ def _start(dtype: str) -> torch.Tensor:
     return torch.cat([value.reshape(-1) for value in problem(DTYPES[dtype])[0]]).double()
 
 
-def _parts(row: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return row.split([math.prod(shape) for shape in SHAPES])
+def _parts(row: torch.Tensor) -> Sequence[torch.Tensor]:
+    return torch.split(row, [math.prod(shape) for shape in SHAPES])
 
 
 def _ratio(a: torch.Tensor, b: torch.Tensor) -> float:
     """Of 2-norms. 0 if a is zero, otherwise infinity if b is or if one is NaN."""
-    return 0.0 if not a.any() else float((a.norm() / b.norm()).nan_to_num(nan=math.inf, posinf=math.inf))
+    return 0.0 if not a.any() else _rounded(float((a.norm() / b.norm()).nan_to_num(nan=math.inf, posinf=math.inf)))
+
+
+def _rounded(number: float) -> float:
+    """To what is worth being kept in a file."""
+    return float(f"{number:.4g}")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_opt.bench import speed_measure, stability
+from fused_opt.bench import conformance, conformance_report, quality_report, quality_units, speed_measure, stability
 from fused_opt.bench.implementations import implementations
 from fused_opt.bench.report import RESULTS
 from fused_opt.bench.speed_plan import AS_TORCH, INT8, Job
@@ -44,6 +45,8 @@ LINES = (
     ("`tiny`: 1000 tensors of 64 (their 8-bit states are fp32)", "tiny", "float32"),
 )
 
+PEER_WORKLOADS = ("gpt2", "resnet50", "mlp")
+
 
 class Figures:
     """What the README says of a run."""
@@ -62,6 +65,8 @@ class Figures:
             "one-thread": lambda: self._ratio(self._row("mlp", "adamw", state=INT8, threads=1)),
             "state-bytes": lambda: f"{self._row('gpt2', 'adamw', state=INT8).bytes_a_value(OURS):.2f}",
             "stability": self._stability,
+            "quality": self._quality,
+            "conformance": self._conformance,
         }
 
     def __getitem__(self, name: str) -> str:
@@ -91,28 +96,20 @@ class Figures:
                 job = Job(WORKLOADS[workload], dtype, "contiguous", configuration, state)
                 cells.append(self._ratio(self._rows[job]) if job in self._rows else "")
             lines.append([label, *cells])
-        return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return _table(lines)
 
     def _packages(self) -> str:
         """Other packages' AdamW: a line each."""
-        lines = [["implementation", "`gpt2`", "`resnet50`", "`mlp`", "state bytes"], ["---"] * 5]
-        for name, implementation in implementations().items():
-            found = {
-                row.job.workload.name: row for row in self._rows.values() if row.job.against == name and row.job.configuration == "adamw"
-            }
+        lines = [["implementation", *(f"`{workload}`" for workload in PEER_WORKLOADS), "state bytes"]]
+        lines.append(["---"] * len(lines[0]))
+        for name in implementations():
+            rows = [row for row in self._rows.values() if (row.job.against, row.job.configuration) == (name, "adamw")]
+            found = {row.job.workload.name: row for row in rows}
             if found:
-                cells = [self._ratio(found[workload]) if workload in found else "" for workload in ("gpt2", "resnet50", "mlp")]
-                row = next(iter(found.values()))
-                version = self._results.machine["packages"].get(implementation.package, "")
-                largest = max(found.values(), key=lambda row: row.job.workload.elements)
-                lines.append(
-                    [
-                        f"{'torch ' if row.job.against == 'compiled' else ''}{name} {version}".strip(),
-                        *cells,
-                        f"{largest.bytes_a_value(name):.2f}",
-                    ]
-                )
-        return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+                cells = [self._ratio(found[workload]) if workload in found else "" for workload in PEER_WORKLOADS]
+                largest = max(rows, key=lambda row: row.job.workload.elements)
+                lines.append([self._full_name(name), *cells, f"{largest.bytes_a_value(name):.2f}"])
+        return _table(lines)
 
     def _share(self, workload: str, configuration: str) -> str:
         share = self._row(workload, configuration).share()
@@ -125,9 +122,45 @@ class Figures:
         row = self._row("resnet50", "adamw", layout=layout)
         return f"{1 / row.speed_ups[CONTIGUOUS].median:.2f}"
 
+    def _quality(self) -> str:
+        """Of the training that all tasks share, each task's first metric."""
+        found: dict[str, quality_report.Comparison] = {}
+        for row in quality_report.compare(self._results.part(quality_units.PART).values()):
+            if (row.optimizer, row.schedule) == quality_units.SHARED:
+                found.setdefault(row.task, row)
+        parts = []
+        for task, row in found.items():
+            exact, coded = (statistics.mean(row.values[state]) for state in (AS_TORCH, INT8))
+            parts.append(f"{task}: {row.metric} {exact:.4f} in fp32 and {coded:.4f} in 8 bits (seeds differ by {row.seeds_spread:.4f})")
+        return f"{'; '.join(parts)}."
+
+    def _conformance(self) -> str:
+        """A line for each implementation that could be used, with the number of checks that each verdict met."""
+        columns: dict[str, Sequence[str]] = {"right": conformance_report.RIGHT}
+        columns |= {word: (word,) for word in ("refused", "ignored", "differs", "failed", "crashed")}
+        header = ["implementation", *columns]
+        lines = [header, ["---"] * len(header)]
+        for name, record in self._results.part(conformance.PART).items():
+            each = conformance_report.Conformance.from_record(name, record)
+            words = [verdict.word for verdict in each.verdicts.values()]
+            if not each.unusable:
+                counts = (sum(word in wanted for word in words) for wanted in columns.values())
+                lines.append([self._full_name(name), *(str(count) if count else "" for count in counts)])
+        return _table(lines)
+
+    def _full_name(self, name: str) -> str:
+        implementation = implementations()[name]
+        torchs = "torch " if implementation.package == "torch" else ""
+        return f"{torchs}{name} {self._results.machine['packages'].get(implementation.package, '')}".strip()
+
     def _stability(self) -> str:
         (sheet,) = stability.sheets(self._results.part(stability.PART))
         return sheet.notes[0]
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown's, on lines of its own."""
+    return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def written(text: str, figures: Figures) -> str:

@@ -54,9 +54,16 @@ class Estimate:
         return cls(median, float(low) if math.isfinite(low) else min(values), float(high) if math.isfinite(high) else max(values))
 
 
+# On a busy machine steps of some implementations take a hundred times as long: a quick run took ten minutes instead of one.
+PATIENCE = 10.0
+
+
 @dataclass(frozen=True)
 class Effort:
-    """When to stop: after `budget` seconds, but not before `least` and not after `most` rounds."""
+    """When to stop: after `budget` seconds, but not before `least` and not after `most` rounds.
+
+    Unless rounds take so long that `least` of them would take more than `PATIENCE` budgets: then after 3.
+    """
 
     budget: float
     least: int
@@ -106,7 +113,8 @@ def interleave(
                 if lead_in:
                     samplers[name](1)
                 samples[name].append(samplers[name](repeats[name]) / repeats[name])
-            done = max((n + 1) / effort.most, min((time.perf_counter() - start) / effort.budget, (n + 1) / effort.least))
+            elapsed, rounds = (time.perf_counter() - start) / effort.budget, n + 1
+            done = max(rounds / effort.most, min(elapsed, rounds / effort.least), min(elapsed / PATIENCE, rounds / 3))
             on_round(min(done, 1.0))
             if done >= 1:
                 break

@@ -32,7 +32,7 @@ from fused_opt.bench.suite import Results
 
 PAGE, RESULTS = "index.html", "results.json"
 _TEMPLATE = "report.html"
-OPEN_ROWS = 20
+OPEN_ROWS = 20  # fit on a screen
 
 # part -> title, and what it is about
 _PARTS = {
@@ -81,12 +81,13 @@ def write(results: Results, sheets_by_part: Mapping[str, Sequence[Sheet]], folde
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(results)
     sections = [
-        Section(part, *_PARTS.get(part, (part.capitalize(), "")), pictures.get(part, []), sheets) for part, sheets in sheets_by_part.items()
+        Section(re.sub(r"\W+", "-", part), *_PARTS.get(part, (part.capitalize(), "")), pictures.get(part, []), sheets)
+        for part, sheets in sheets_by_part.items()
     ]
     for picture in (picture for section in sections for picture in section.pictures):
-        (folder / f"{picture.name}.svg").write_text(picture.svg)
+        (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
         (folder / f"{picture.name}.png").write_bytes(picture.png)
-    (folder / PAGE).write_text(_page(results, sections))
+    (folder / PAGE).write_text(_page(results, sections), encoding="utf-8")
     dataclasses.replace(results, path=folder / RESULTS).write()
 
 
@@ -102,7 +103,7 @@ def _pictures(results: Results) -> dict[str, list[Picture]]:
 
 def _page(results: Results, sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

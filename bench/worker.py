@@ -17,18 +17,17 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 # Threads of OpenMP wait actively for a few milliseconds for what comes next. Before somebody else is timed they must sleep.
 SETTLE = 0.01
 
-Session = dict[str, Any]
-
-
-# Without any, semaphores of multiprocessing are left behind, of which Python warns in the end.
+# Seconds to clean up in. Without any, semaphores of multiprocessing are left behind, of which Python warns in the end.
 GRACE = 3.0
+
+Session = dict[str, Any]
 
 
 class WorkerError(Exception):
@@ -78,24 +77,26 @@ class Worker:
     def close(self) -> None:
         """End the process, and what it has started. It may clean up for `GRACE` seconds, if it is not busy."""
         self._connection.close()
-        self._process.join(GRACE)
+        self._end(GRACE)
+        Path(self._output).unlink(missing_ok=True)
+
+    def _end(self, grace: float) -> None:
+        """Wait so many seconds for the process to end, then end it, and in any case what it has started."""
+        wait([self._process.sentinel], grace)  # not join(), after which its number may be another's
         self._kill()
         self._process.join()
-        Path(self._output).unlink(missing_ok=True)
 
     def _kill(self) -> None:
         number = self._process.pid
-        if number and self._process.is_alive():  # else the number may be another's by now
-            with contextlib.suppress(ProcessLookupError):  # while it starts it has no group of its own
-                os.killpg(number, signal.SIGKILL)
-            self._process.kill()
+        assert number
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):  # ended and joined before; no group yet, because it still starts
+            os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            os.killpg(number, signal.SIGKILL)
+        self._process.kill()
 
     def _death(self) -> str:
-        self._process.join(10)
-        code = self._process.exitcode
-        if code is None:
-            self._kill()
-            return f"closed the connection and did not end{self._last_line()}"
+        self._end(10)
+        code = self._process.exitcode or 0
         with contextlib.suppress(ValueError):
             return f"crashed: {signal.Signals(-code).name}{self._last_line()}"
         return f"ended with exit status {code}{self._last_line()}"

@@ -167,7 +167,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def content(folder: Path) -> str:
-    return (folder / report.PAGE).read_text()
+    return (folder / report.PAGE).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,7 @@ def test_page_is_one_document_whose_links_lead_somewhere(page: Page, folder: Pat
     assert all(tags.count(tag) == 1 for tag in ("title", "h1", "main", "nav"))
     names = page.attributes("id")
     assert len(names) == len(set(names)), "ids are unique, those within pictures too"
+    assert not any(re.search(r"\s", name) for name in names)
     links = page.attributes("href", "xlink:href", "aria-labelledby")
     within = {link.removeprefix("#") for link in links if link.startswith("#")}
     assert within
@@ -242,7 +243,7 @@ def test_hostile_names_are_text(page: Page, tmp_path: Path) -> None:
     made = results([])
     made.machine = {**made.machine, "cpu": HOSTILE}
     report.write(made, {}, tmp_path)
-    hostile = Page((tmp_path / report.PAGE).read_text())
+    hostile = Page((tmp_path / report.PAGE).read_text(encoding="utf-8"))
     assert hostile.text.count(HOSTILE) == 3, "title, introduction, machine"
     assert not {"script", "img"} & {tag for tag, _ in hostile.elements}
 
@@ -257,7 +258,7 @@ PICTURES = ["speed-ups", "speed-ups-more", "packages", "roofline", "memory", "tr
 def test_pictures_are_svg_and_png(folder: Path, page: Page) -> None:
     assert {path.stem for path in folder.iterdir() if path.suffix in (".svg", ".png")} == set(PICTURES)
     for name in PICTURES:
-        svg = (folder / f"{name}.svg").read_text()
+        svg = (folder / f"{name}.svg").read_text(encoding="utf-8")
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
         assert any(letters(svg)), "letters, not outlines"
         png = (folder / f"{name}.png").read_bytes()
@@ -322,7 +323,7 @@ def test_the_same_results_make_the_same_files(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     report.write(results([]), {}, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {report.PAGE, report.RESULTS}
-    page = Page((tmp_path / report.PAGE).read_text())
+    page = Page((tmp_path / report.PAGE).read_text(encoding="utf-8"))
     assert not {"svg", "table", "strong"} & {tag for tag, _ in page.elements}
     assert "a CPU" in page.text
     only_skipped = speed_rows()[-1:]
@@ -339,7 +340,7 @@ def test_a_busy_machine_is_told(tmp_path: Path, page: Page) -> None:
     made = results([])
     made.loads = {speed_measure.PART: {"first": None, "second": TOLERATED_LOAD + 0.1}}
     report.write(made, {}, tmp_path)
-    text = Page((tmp_path / report.PAGE).read_text()).text
+    text = Page((tmp_path / report.PAGE).read_text(encoding="utf-8")).text
     assert "Do not trust these times: other programs took up to 20% of the CPU" in text
 
 

@@ -68,6 +68,7 @@ def test_deaths_are_told_and_output_kept_away(tmp_path: Path, monkeypatch: pytes
         crashing, leaving, late = (stack.enter_context(Worker(1, limit)) for limit in (100, 100, 0.1))
         with pytest.raises(WorkerError, match=r"^took longer than 0.1 s$"):
             late.call(programs.echo, 0)
+        _, other = crashing.call(programs.start_another)
         with pytest.raises(WorkerError, match=r"^crashed: SIGSEGV \(the last line\)$"):
             crashing.call(programs.crash)
         with pytest.raises(WorkerError, match=r"^ended with exit status 3 \(no licence\)$"):
@@ -76,24 +77,34 @@ def test_deaths_are_told_and_output_kept_away(tmp_path: Path, monkeypatch: pytes
             with pytest.raises(WorkerError, match=why):
                 worker.call(programs.echo, 0)
             assert not worker._process.is_alive()
+        assert ends(other)
         assert len(list(tmp_path.iterdir())) == 3
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_nothing_is_left_after_closing() -> None:
+@pytest.mark.parametrize("busy", [False, True])
+def test_nothing_is_left_after_closing(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_opt.bench.worker.GRACE", 0.1 if busy else 20)
     with Worker(threads=1, limit=100) as worker:
         own, other = worker.call(programs.start_another)
         assert runs(own)
         assert runs(other)
         process = worker._process
+        if busy:
+            worker._connection.send_bytes(pickle.dumps((programs.fall_asleep, ())))
     assert process not in multiprocessing.active_children()
     assert not runs(own)
-    until = time.monotonic() + 10
-    while runs(other) and time.monotonic() < until:  # it was killed, too, but nobody here waits for its end
-        time.sleep(0.01)
-    assert not runs(other)
+    assert ends(other)
     worker.close()  # again: nothing happens
+
+
+def ends(number: int) -> bool:
+    """Whether a process that was killed has ended in 10 seconds: it is nobody's child here, whose end could be waited for."""
+    until = time.monotonic() + 10
+    while runs(number) and time.monotonic() < until:
+        time.sleep(0.01)
+    return not runs(number)
 
 
 def runs(number: int) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -44,6 +45,10 @@ def start_another(session: Session) -> tuple[int, int]:
     """Returns the numbers of this process and of one that it started."""
     session["other"] = subprocess.Popen(["sleep", "600"])
     return os.getpid(), session["other"].pid
+
+
+def fall_asleep(session: Session) -> None:
+    time.sleep(600)
 
 
 def crash(session: Session) -> None:
