@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         sheets.setdefault(stability.PART, []).append(comparison.sheet(f"Speed-ups, and those in {args.compare}"))
     shown = [sheet for of_part in sheets.values() for sheet in of_part]
     Console(width=max(console.width, TABLE_WIDTH)).print(to_rich(shown))
-    if warning := load_warning(results):
+    if warning := results.load_warning:
         console.print(warning, markup=False)
     if args.csv:
         speed_files.write_csv(results, args.csv)
@@ -158,18 +158,6 @@ def sheets_by_part(results: Results) -> dict[str, list[Sheet]]:
         "packages": [speed_report.package_sheet(results.machine["packages"])],
     }
     return {part: sheets for part, sheets in found.items() if sheets}
-
-
-def load_warning(results: Results) -> str:
-    """What to say of other programs that ran meanwhile, or ""."""
-    load = results.worst_load
-    if load is None or load <= machine.TOLERATED_LOAD:
-        return ""
-    busy = [name for loads in results.loads.values() for name, share in loads.items() if (share or 0) > machine.TOLERATED_LOAD]
-    return (
-        f"Do not trust these times: other programs took up to {load:.0%} of the CPU during {len(busy)} of them (first: {busy[0]}), "
-        "and threads that wait for each other suffer from that out of proportion. Run it again on an idle machine."
-    )
 
 
 def _header(results: Results) -> str:
@@ -219,7 +207,7 @@ def _units(args: argparse.Namespace) -> list[Unit]:
     if conformance.PART in parts:
         units += conformance.units(args.implementation)
     if quality_units.PART in parts:
-        units += quality_units.units(quality_units.DEFAULT)
+        units += quality_units.units()
     if stability.PART in parts:
         units += stability.units(speed_measure.units(speed_plan.QUICK_JOBS, QUICK, True, IN_TORCH, shared))
     return units

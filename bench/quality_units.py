@@ -63,11 +63,13 @@ DEFAULT = [
 ]
 
 
-def units(selection: Iterable[Combination], seeds: int, steps: int | None, formats: Sequence[str] = FORMATS) -> list[Unit]:
+def units(
+    selection: Sequence[Combination] = (), seeds: int = SEEDS, steps: int | None = None, formats: Sequence[str] = FORMATS
+) -> list[Unit]:
     """A unit for each seed of each combination; a single one that says why if formats other than torch's cannot be had.
 
     Args:
-        selection: what to train.
+        selection: what to train; `DEFAULT` if nothing.
         seeds: how many of each.
         steps: of each training; None: as many as `TASKS` says.
         formats: of states, beside those as in torch.
@@ -81,7 +83,7 @@ def units(selection: Iterable[Combination], seeds: int, steps: int | None, forma
         measure = functools.partial(_measure, combination, seed, count, (AS_TORCH, *formats))
         return Unit(PART, f"{combination} seed {seed}", measure, seconds=(1 + len(formats)) * count * task.seconds)
 
-    return [unit(combination, seed) for combination in selection for seed in range(seeds)]
+    return [unit(combination, seed) for combination in selection or DEFAULT for seed in range(seeds)]
 
 
 def why_not() -> str:

@@ -16,7 +16,6 @@ from markupsafe import Markup, escape
 from fused_opt.bench import (
     conformance,
     end_to_end_row,
-    machine,
     picture_speed,
     picture_training,
     quality_report,
@@ -113,24 +112,13 @@ def _page(results: Results, sections: Sequence[Section]) -> str:
     return (
         environment.get_template(_TEMPLATE).render(
             claims=report_headline.claims(results),
-            warning=_warning(results),
+            warning=results.load_warning,
             sections=sections,
             machine=_machine(results),
             colours=COLOURS,
             results_file=RESULTS,
         )
         + "\n"
-    )
-
-
-def _warning(results: Results) -> str:
-    """What to say of other programs that ran meanwhile, or ""."""
-    load = results.worst_load
-    if load is None or load <= machine.TOLERATED_LOAD:
-        return ""
-    return (
-        f"Do not trust these times: other programs took up to {load:.0%} of the CPU meanwhile, and threads that wait for each other suffer "
-        "from that out of proportion. Run it again on an idle machine."
     )
 
 

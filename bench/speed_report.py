@@ -120,8 +120,8 @@ def _against_others(rows: Sequence[Row | Skipped]) -> Sheet:
     result.notes = [
         *_skipped_notes(rows),
         "speed-up: its time over ours, the median of the rounds. state bytes: of a parameter's value in all states. off by: a parameter's "
-        f"largest distance from torch's for-loop in float64 after {COMPARED_STEPS} steps; of codes in percent of its way, of others in units "
-        f"of eps times the parameter's magnitude. !: above {TOLERATED:.0f}, more than rounding explains.",
+        f"largest distance from torch's for-loop in float64 after {COMPARED_STEPS} steps; of codes in percent of its way, of others in "
+        f"units of eps times the parameter's magnitude. !: above {TOLERATED:.0f}, more than rounding explains.",
     ]
     return result
 

@@ -63,10 +63,21 @@ class Results:
         return self.records.get(name, {})
 
     @property
-    def worst_load(self) -> float | None:
-        """The largest of `loads`."""
-        known = [load for loads in self.loads.values() for load in loads.values() if load is not None]
-        return max(known, default=None)
+    def load_warning(self) -> str:
+        """What to say of other programs that ran meanwhile, or ""."""
+        busy = [
+            (share, name)
+            for loads in self.loads.values()
+            for name, share in loads.items()
+            if share is not None and share > machine.TOLERATED_LOAD
+        ]
+        if not busy:
+            return ""
+        return (
+            f"Do not trust these times: other programs took up to {max(busy)[0]:.0%} of the CPU during {len(busy)} of them "
+            f"(first: {busy[0][1]}), and threads that wait for each other suffer from that out of proportion. Run it again on an idle "
+            "machine."
+        )
 
     def keep(self, unit: Unit, record: Record, load: float | None) -> None:
         """Add what a unit measured, and write the file."""

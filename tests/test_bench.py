@@ -394,9 +394,9 @@ def test_two_quick_runs_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_other_programs_that_kept_the_machine_busy_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_opt.bench.machine.OtherLoad.share", lambda self: 0.5)
     results = bench(tmp_path, *ADAMW)
-    assert benchmark.load_warning(results).startswith("Do not trust these times: other programs took up to 50% of the CPU during 1 of them")
+    assert results.load_warning.startswith("Do not trust these times: other programs took up to 50% of the CPU during 1 of them")
     results.loads = {"speed": {"a": 0.05, "b": None}}
-    assert benchmark.load_warning(results) == ""
+    assert results.load_warning == ""
 
 
 def test_estimates_have_the_intervals_of_order_statistics() -> None:
