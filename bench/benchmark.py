@@ -34,7 +34,7 @@ from fused_opt.bench import (
 from fused_opt.bench.implementations import Implementation, implementations, packages
 from fused_opt.bench.layouts import LAYOUTS
 from fused_opt.bench.sheet import Sheet, to_rich
-from fused_opt.bench.speed_plan import AS_TORCH, CONFIGURATIONS, DTYPES, INT8, STATES, Job
+from fused_opt.bench.speed_plan import AS_TORCH, CONFIGURATIONS, DTYPES, STATES, Job
 from fused_opt.bench.speed_row import IN_TORCH, OURS, Row
 from fused_opt.bench.suite import Results, Unit
 from fused_opt.bench.workloads import WORKLOADS
@@ -43,7 +43,7 @@ from fused_opt.native import native
 HELP = "measure steps, training, memory and conformance against torch's implementations and other packages"
 
 QUICK = measure.Effort(budget=0.6, least=6, most=60)
-FULL = measure.Effort(budget=2.5, least=8, most=200)
+FULL = measure.Effort(budget=2.0, least=6, most=200)
 PEERS = measure.Effort(budget=1.5, least=6, most=60)  # a step of others takes up to 2.4 s
 
 # Not a workload of optimizers, but chosen like one: rows for quantize_blockwise and dequantize_blockwise.
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--dtype", "dtype", DTYPES, "DTYPE", "float32"),
         ("--layout", "layout", LAYOUTS, "LAYOUT", "contiguous"),
         ("--state", "format of states", STATES, "FORMAT", AS_TORCH),
-        ("--implementation", "implementation", _others(), "NAME", "those that are installed; compiled only if asked for, or with --full"),
+        ("--implementation", "implementation", implementations(), "NAME", "torch's; with a selection also what is installed"),
         ("--part", "part", PARTS, "PART", f"{speed_measure.PART} and {speed_blocks.PART}; with --full all"),
     ]
     for option, kind, names, metavar, default in selections:
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and show what has been measured, also when interrupted.
 
     Returns:
-        The exit status: 0; 1 if a result of ours is wrong, or slower than in the file of --compare; 130 if interrupted.
+        The exit status: 0; 1 if a result of ours is wrong, or slower than in the file of --compare, or a unit failed; 130 if interrupted.
 
     Raises:
         CannotRunError: options that exclude each other, or something that is not possible here.
@@ -127,12 +127,19 @@ def run(args: argparse.Namespace) -> int:
         units = _units(args)
         console.print(_header(results), markup=False)
         complete = suite.run(units, results, console)
-    sheets = sheets_by_part(results)
-    comparison = stability.Comparison.of(earlier, results) if earlier else None
+    try:
+        sheets = sheets_by_part(results)
+        comparison = stability.Comparison.of(earlier, results) if earlier else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not (args.source or args.compare or args.resume):
+            raise
+        raise CannotRunError(f"a file was written by another version of fused-opt, or by another command: {error!r}") from error
     if comparison:
         sheets.setdefault(stability.PART, []).append(comparison.sheet(f"Speed-ups, and those in {args.compare}"))
     shown = [sheet for of_part in sheets.values() for sheet in of_part]
     Console(width=max(console.width, TABLE_WIDTH)).print(to_rich(shown))
+    for what, why in results.failures.items():
+        console.print(f"{what} failed: {why}", markup=False, soft_wrap=True)
     if warning := results.load_warning:
         console.print(warning, markup=False)
     if args.csv:
@@ -142,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"Report: {args.report / report.PAGE}", markup=False, soft_wrap=True)
     if not complete:
         return 130
-    return int(_wrong(results) or bool(comparison and comparison.slower))
+    return int(_wrong(results) or bool(results.failures) or bool(comparison and comparison.slower))
 
 
 def sheets_by_part(results: Results) -> dict[str, list[Sheet]]:
@@ -201,9 +208,10 @@ def _units(args: argparse.Namespace) -> list[Unit]:
         units += speed_measure.units(against_torch if in_torch else [], effort, not args.full, in_torch, shared)
         units += speed_measure.units(against_others, PEERS, not args.full, (), shared)
     if speed_blocks.PART in parts and (BLOCKS in args.workloads or not _selected(args)):
-        units += speed_blocks.units(effort, shared.streaming, with_peers=args.full or BLOCKS in args.workloads)
+        with_peers = args.full or BLOCKS in args.workloads
+        units += [unit for count in _threads(args) for unit in speed_blocks.units(effort, shared.streaming, with_peers, count)]
     if end_to_end_row.PART in parts:
-        units += end_to_end.units(torch.get_num_threads(), args.full)
+        units += [unit for count in _threads(args) for unit in end_to_end.units(count or torch.get_num_threads(), args.full)]
     if conformance.PART in parts:
         units += conformance.units(args.implementation)
     if quality_units.PART in parts:
@@ -225,13 +233,17 @@ def _jobs(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
         others, offered = chosen, args.implementation or _installed()
     else:
         chosen = speed_plan.FULL_JOBS if args.full else speed_plan.QUICK_JOBS
-        others = speed_plan.PEER_JOBS + [dataclasses.replace(job, state=INT8) for job in speed_plan.PEER_JOBS] if args.full else []
-        offered = [name for name in _others() if name not in IN_TORCH]
+        others, offered = speed_plan.PEER_JOBS if args.full else [], _others()
     everybody = [implementations()[name] for name in dict.fromkeys(offered) if name not in IN_TORCH]
     if args.implementation and not args.state:  # those that are named are measured with the states that they have
         others = [dataclasses.replace(job, state=state) for job in others for state in {each.state: None for each in everybody}]
     against = [dataclasses.replace(job, against=each.name) for job in others for each in everybody if _comparable(job, each)]
     return _everywhere(chosen, args), _everywhere(against, args)
+
+
+def _threads(args: argparse.Namespace) -> list[int]:
+    """Those that are asked for; 0 for torch's default."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(args.threads or [[0]])))
 
 
 def _installed() -> list[str]:
@@ -250,12 +262,20 @@ def _everywhere(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
     isas = list(dict.fromkeys(name for isa in args.isa or [""] for name in (usable if isa == "all" else [isa])))
     if unusable := [isa for isa in isas if isa and isa not in usable]:
         raise CannotRunError(f"--isa {unusable[0]}: this CPU or this build does not have it; use any of {', '.join(usable)}, or all")
-    threads = list(dict.fromkeys(itertools.chain.from_iterable(args.threads or [])))
-    return [dataclasses.replace(job, threads=count or job.threads, isa=isa) for job in jobs for count in (threads or [0]) for isa in isas]
+    threads = _threads(args)
+    everywhere = (dataclasses.replace(job, threads=count or job.threads, isa=isa) for job in jobs for count in threads for isa in isas)
+    return list(dict.fromkeys(everywhere))
 
 
 def _wrong(results: Results) -> bool:
     """Whether a result of ours is."""
     rows = speed_measure.rows(results.part(speed_measure.PART))
     blocks = speed_blocks.from_records(results.part(speed_blocks.PART))
-    return any(isinstance(row, Row) and OURS in row.wrong for row in rows) or not all(row.right for each in blocks for row in each.rows)
+    trained = [row for record in results.part(end_to_end_row.PART).values() for row in end_to_end_row.from_record(record)]
+    checked = [conformance_report.Conformance.from_record(*each) for each in results.part(conformance.PART).items()]
+    return (
+        any(isinstance(row, Row) and OURS in row.wrong for row in rows)
+        or not all(row.right for each in blocks for row in each.rows)
+        or any(row.wrong for row in trained if row.optimizer in (end_to_end_row.OURS, end_to_end_row.OURS_8BIT))
+        or any(v.word not in conformance_report.RIGHT for each in checked if each.package == "fused_opt" for v in each.verdicts.values())
+    )

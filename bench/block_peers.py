@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fused_opt.bench.implementations import version
 from fused_opt.bench.measure import samplers
 from fused_opt.bench.worker import SETTLE, Session, Worker
 
@@ -52,7 +52,7 @@ PEERS: dict[str, Peer] = {"bitsandbytes": _bitsandbytes, "torchao": _torchao}
 def installed() -> dict[str, Peer]:
     """Those that can be found, by the package's name and version; nothing is imported."""
     found = {package: peer for package, peer in PEERS.items() if importlib.util.find_spec(package) is not None}
-    return {f"{package} {importlib.metadata.version(package)}": peer for package, peer in found.items()}
+    return {f"{package} {version(package)}": peer for package, peer in found.items()}
 
 
 def random_values(elements: int) -> torch.Tensor:

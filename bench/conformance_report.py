@@ -34,7 +34,7 @@ REFUSED, FAILED, CRASHED, LEFT_OUT = "refused", "failed", "crashed", "left out"
 RIGHT = (EQUAL, CLOSE_TO, COARSE)
 MARKS = {IGNORED: BAD, DIFFERS: BAD, FAILED: BAD, CRASHED: BAD}
 
-REFUSALS = ("TypeError", "ValueError", "NotImplementedError", "RuntimeError")
+REFUSALS = ("TypeError", "ValueError", "NotImplementedError")
 MATTERS = 0.01
 ROUNDING = 2.0
 BACKWARDS = 2.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,8 +61,8 @@ class Contestant(Protocol):
     def compared_steps(self) -> tuple[list[float], torch.Tensor]:
         """Take `COMPARED_STEPS` steps. Returns the seconds of each and what `exact_sample.take` takes of the parameters."""
 
-    def sample(self, repeats: int) -> float:
-        """Seconds that so many steps in a row take."""
+    def sample(self, repeats: int, lead_in: float | None = None) -> float:
+        """Seconds that so many steps in a row take; for `lead_in` see `measure.samplers`."""
 
     def peak_bytes(self) -> int | None:
         """By how much the process grew at the most during a step; None where the system does not tell."""
@@ -94,7 +96,6 @@ class Here:
             param.grad = grad
         self.optimizer = make(self.params)
         self.seconds: list[float] = []
-        (self.sample,) = samplers({"": self.optimizer.step}).values()
 
     def step(self) -> None:
         """Take one and remember its time in `seconds`."""
@@ -107,6 +108,11 @@ class Here:
         for _ in range(COMPARED_STEPS):
             self.step()
         return self.seconds, take(self.params, sample_indices(self.params))
+
+    def sample(self, repeats: int, lead_in: float | None = None) -> float:
+        """See `Contestant`."""
+        (sample,) = samplers({"": self.optimizer.step}, lead_in).values()
+        return sample(repeats)
 
     def peak_bytes(self) -> int | None:
         """See `Contestant`."""
@@ -133,10 +139,10 @@ class Elsewhere:
         seconds, values = self._call(_compared_steps)
         return seconds, torch.from_numpy(values)
 
-    def sample(self, repeats: int) -> float:
+    def sample(self, repeats: int, lead_in: float | None = None) -> float:
         """See `Contestant`."""
         time.sleep(SETTLE)
-        return float(self._call(_sample, repeats))
+        return float(self._call(_sample, repeats, lead_in))
 
     def peak_bytes(self) -> int | None:
         """See `Contestant`."""
@@ -149,6 +155,8 @@ class Elsewhere:
 
 
 def _make(session: Session, implementation: Implementation, job: Job) -> None:
+    cache = session["cache"] = tempfile.TemporaryDirectory()  # so that first steps compile in every run
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
     tensors = Tensors.random(job.workload, job.dtype)
     session["contestant"] = Here(lambda params: implementation.make(job.case, params), tensors.params, tensors.grads, LAYOUTS[job.layout])
 
@@ -159,8 +167,8 @@ def _compared_steps(session: Session) -> tuple[list[float], np.ndarray[Any, Any]
     return seconds, values.numpy()
 
 
-def _sample(session: Session, repeats: int) -> float:
-    seconds: float = session["contestant"].sample(repeats)
+def _sample(session: Session, repeats: int, lead_in: float | None) -> float:
+    seconds: float = session["contestant"].sample(repeats, lead_in)
     time.sleep(SETTLE)
     return seconds
 

@@ -116,7 +116,7 @@ def measure_task(task: Task, optimizers: Sequence[Implementation], threads: int,
         for trainer in trainers:  # now that no process is starting any more
             trainer.take_first_step()
         samplers = {trainer.implementation.name: trainer.sample for trainer in trainers}
-        interleave(samplers, effort, lead_in=False, min_sample=0.0, on_round=lambda share: on_share(0.2 + 0.8 * share))
+        interleave(samplers, effort, min_sample=0.0, on_round=lambda share: on_share(0.2 + 0.8 * share))
         record["trained"] = {trainer.implementation.name: trainer.end() for trainer in trainers}
     return record
 

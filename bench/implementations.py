@@ -5,6 +5,7 @@ A package elsewhere can add its own without a change here: an entry point of the
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -47,6 +48,7 @@ class Implementation:
         state: format of its states, a key of `speed_plan.STATES`: ours are compared in the nearest one that we have.
         compiled: whether its step is given to torch.compile.
         install: how to get it.
+        broken: why it cannot be used though it is there, or "".
     """
 
     name: str
@@ -57,21 +59,20 @@ class Implementation:
     state: str = AS_TORCH
     compiled: bool = False
     install: str = ""
+    broken: str = ""
 
     @property
     def missing(self) -> str:
         """Why it cannot be used, or "". The package is looked for, not imported."""
-        if importlib.util.find_spec(self.package) is None:
-            return f"not installed; {self.install or f'pip install {self.package}'}"
-        return ""
+        with contextlib.suppress(ModuleNotFoundError):  # of a parent
+            if self.broken or importlib.util.find_spec(self.package):
+                return self.broken
+        return f"not installed; {self.install or f'pip install {self.package}'}"
 
     @property
     def version(self) -> str:
-        """Of the distribution that has the package, with its name where that is another (a fork's)."""
-        for distribution in _distributions().get(self.package, []):
-            version = importlib.metadata.version(distribution)
-            return version if distribution.replace("_", "-").lower() in (self.package, self.name) else f"{distribution} {version}"
-        return ""
+        """See `version`."""
+        return version(self.package)
 
     def offers(self, case: Case) -> bool:
         """Whether it has the case's optimizer. Which options that takes is seen when it is made."""
@@ -168,20 +169,33 @@ _BUILT_IN = (
 
 @cache
 def implementations() -> dict[str, Implementation]:
-    """All that are known, installed or not, by name.
-
-    Raises:
-        TypeError: an entry point names something else.
-    """
+    """All that are known, installed or not, by name."""
     found = {each.name: each for each in _BUILT_IN}
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        each = point.load()
-        if not isinstance(each, Implementation):
-            raise TypeError(
-                f"the entry point {point.value!r} names {each!r}; it must name a fused_opt.bench.implementations.Implementation"
-            )
+        each = _plug_in(point)
         found[each.name] = each
     return found
+
+
+def _plug_in(point: importlib.metadata.EntryPoint) -> Implementation:
+    """What the entry point names; one that is broken if that fails."""
+    package = point.module.partition(".")[0]
+    try:
+        each = point.load()
+    except Exception as error:  # whatever another package does
+        return Implementation(point.name, package, {}, broken=f"{point.value} cannot be loaded: {type(error).__name__}: {error}")
+    if not isinstance(each, Implementation):
+        return Implementation(point.name, package, {}, broken=f"{point.value} is {each!r}, not a {__name__}.Implementation")
+    return each
+
+
+def version(package: str) -> str:
+    """Of the distribution that has an installed package, with its name where that is another (a fork's)."""
+    for distribution in _distributions().get(package, []):
+        found = importlib.metadata.version(distribution)
+        own = distribution.replace("_", "-").lower()
+        return found if own in (package, f"torch-{package}") else f"{distribution} {found}"
+    return ""
 
 
 def others() -> list[Implementation]:

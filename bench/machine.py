@@ -85,12 +85,15 @@ class OtherLoad:
         self._start = self._read()
 
     def share(self) -> float | None:
-        """Of all CPU time since this object was made, 0 to 1; None where the system does not tell."""
+        """Of all CPU time since this object was made, 0 to 1; None where the system does not tell, or in less than a second of it.
+
+        The system counts in hundredths of a second.
+        """
         now = self._read()
         if now is None or self._start is None:
             return None
         busy, total, own = (end - begin for begin, end in zip(self._start, now, strict=True))
-        return min(max((busy - own) / total, 0.0), 1.0) if total else 0.0
+        return min(max((busy - own) / total, 0.0), 1.0) if total >= 1 else None
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:

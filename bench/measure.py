@@ -80,30 +80,42 @@ class Effort:
 Sampler = Callable[[int], float]
 
 
-def samplers(calls: Mapping[str, Callable[[], object]]) -> dict[str, Sampler]:
-    """For what is called in this process."""
-    return {name: functools.partial(_time, call) for name, call in calls.items()}
+def samplers(calls: Mapping[str, Callable[[], object]], lead_in: float | None = None) -> dict[str, Sampler]:
+    """For what is called in this process.
+
+    Args:
+        calls: name -> what to call.
+        lead_in: untimed calls precede those that are timed, one or as many as take so many seconds; None: no call. For what fits into
+            caches: otherwise what is called once a sample finds there what another one left, and what is called often does not.
+    """
+
+    def sample(call: Callable[[], object], repeats: int) -> float:
+        if lead_in is not None:
+            start = time.perf_counter()
+            call()
+            while time.perf_counter() < start + lead_in:
+                call()
+        return _time(call, repeats)
+
+    return {name: functools.partial(sample, call) for name, call in calls.items()}
 
 
 def interleave(
     samplers: Mapping[str, Sampler],
     effort: Effort,
     *,
-    lead_in: bool,
     min_sample: float = 1e-3,
     on_round: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
     """Take a sample of everything once a round.
 
-    The order rotates from round to round, and every other round runs backwards, so that nobody always follows the
+    The order rotates from round to round, and after each whole turn its direction changes, so that nobody always follows the
     same neighbour. A sample is as many calls in a row as take `min_sample` seconds or more, found by trial before the
     first round; that also warms up. The garbage collector is off meanwhile.
 
     Args:
         samplers: name -> what to time.
         effort: how many rounds.
-        lead_in: whether each sample follows an untimed call. For what fits into caches: otherwise what is called once a
-            sample finds there what another one left, and what is called often does not.
         min_sample: seconds; below that the clock and the caller's own overhead would be measured too.
         on_round: called after each round, outside of any sample, with the share of the work that is done (0 to 1).
 
@@ -116,8 +128,6 @@ def interleave(
         start = time.perf_counter()
         for n in range(effort.most):
             for name in order(list(samplers), n):
-                if lead_in:
-                    samplers[name](1)
                 samples[name].append(samplers[name](repeats[name]) / repeats[name])
             elapsed, rounds = (time.perf_counter() - start) / effort.budget, n + 1
             done = max(rounds / effort.most, min(elapsed, rounds / effort.least), min(elapsed / PATIENCE, rounds / 3))
@@ -189,12 +199,12 @@ def order(names: list[str], n: int) -> list[str]:
     """In which order round n takes them: see `interleave`."""
     first = n % len(names)
     rotated = names[first:] + names[:first]
-    return rotated[::-1] if n % 2 else rotated
+    return rotated[::-1] if n // len(names) % 2 else rotated
 
 
 def _repeats(sample: Sampler, min_sample: float) -> int:
     repeats = 1
-    while sample(repeats) < min_sample:
+    while min(sample(repeats), sample(repeats)) < min_sample:  # twice, for the first may have been interrupted
         repeats *= 2
     return repeats
 

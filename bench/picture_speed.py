@@ -90,7 +90,7 @@ def _packages(rows: Sequence[Row | Skipped]) -> Picture | None:
     for row in rows:
         name = f"{row.job.case.optimizer}, {_values_name(row.job)}"
         panels.setdefault(name, {})[row.job.against.replace("compiled", "torch compiled")] = (
-            row.speed_ups[row.job.against] if isinstance(row, Row) else "not measured"
+            "not measured" if isinstance(row, Skipped) else "wrong" if row.wrong else row.speed_ups[row.job.against]
         )
     if not panels:
         return None

@@ -14,6 +14,7 @@ import torch
 
 import fused_opt
 from fused_opt.bench import block_peers
+from fused_opt.bench import measure as measuring
 from fused_opt.bench.block_peers import DEQUANTIZE, QUANTIZE, Peer
 from fused_opt.bench.machine import available_memory
 from fused_opt.bench.measure import Effort, Estimate, Sampler, Spread, Streaming, interleave, paired_ratios, samplers
@@ -111,13 +112,15 @@ def from_records(records: Mapping[str, Record]) -> list[Blocks]:
     return [Blocks.from_record(record) for record in records.values()]
 
 
-def units(effort: Effort, streaming: Callable[[], Streaming], with_peers: bool) -> list[Unit]:
-    """One; for `streaming` see `measure_blocks`."""
+def units(effort: Effort, streaming: Callable[[], Streaming], with_peers: bool, threads: int) -> list[Unit]:
+    """One; for `streaming` see `measure_blocks`. `threads`: 0 for torch's default."""
 
     def measure(on_share: OnShare) -> Record:
-        return measure_blocks(effort, streaming, with_peers, on_share).to_record()
+        with measuring.threads(threads or torch.get_num_threads()):
+            return measure_blocks(effort, streaming, with_peers, on_share).to_record()
 
-    return [Unit(PART, f"{ELEMENTS:,} values", measure, seconds=effort.budget + (30 if with_peers else 2))]
+    words = [f"{ELEMENTS:,} values", *([f"{threads} threads"] if threads else []), *(["with other packages"] if with_peers else [])]
+    return [Unit(PART, " ".join(words), measure, seconds=effort.budget + (30 if with_peers else 2))]
 
 
 def measure_blocks(
@@ -149,7 +152,7 @@ def measure_blocks(
         }
     )
     memory = streaming()
-    samples = interleave({**calls, **samplers(memory.kernels())}, effort, lead_in=False, on_round=on_share)
+    samples = interleave({**calls, **samplers(memory.kernels())}, effort, on_round=on_share)
     limits, right = memory.limits(samples), _right(x, values, codes)
     beside: dict[str, list[Beside]] = {QUANTIZE: [], DEQUANTIZE: []}
     for name, peer in block_peers.installed().items() if with_peers else ():
@@ -163,7 +166,7 @@ def measure_blocks(
 def _beside(name: str, peer: Peer, elements: int, function: str, ours: Sampler) -> Beside:
     try:
         with block_peers.Elsewhere(peer, elements, function) as theirs:
-            samples = interleave({"ours": ours, "peer": theirs.sample}, FEW, lead_in=False)
+            samples = interleave({"ours": ours, "peer": theirs.sample}, FEW)
     except WorkerError as error:
         return Beside(name, failure=str(error))
     return Beside(name, samples["ours"], samples["peer"])

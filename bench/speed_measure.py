@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pickle import PicklingError
 
 import torch
 
@@ -20,7 +21,7 @@ from fused_opt.bench.measure import Effort, interleave
 from fused_opt.bench.speed_plan import AS_TORCH, BF16, DTYPES, INT8, STATES, TORCH, Job
 from fused_opt.bench.speed_row import CONTIGUOUS, FUSED, IN_TORCH, OURS, PLAIN, Row, Skipped, from_record
 from fused_opt.bench.suite import OnShare, Record, Unit
-from fused_opt.bench.worker import Worker, WorkerError
+from fused_opt.bench.worker import TimedOutError, Worker, WorkerError, ready
 from fused_opt.native import native
 
 PART = "speed"
@@ -36,10 +37,19 @@ PATIENCE = 0.3
 STREAMING_FROM = 64 * 2**20
 
 
+# Seconds of untimed steps before those that are timed, where processes take turns.
+AWAKE = 0.02
+
+
 class Shared:
-    """What several rows need, made when the first one does: the values of the last workload, and the streaming kernels' arrays."""
+    """What several rows need, made when the first one does: the values of the last workload, and the streaming kernels' arrays.
+
+    Attributes:
+        hung: implementation -> why it is not tried again.
+    """
 
     def __init__(self) -> None:
+        self.hung: dict[str, str] = {}
         self._key: tuple[str, str] | None = None
         self._tensors: Tensors | None = None
         self.streaming = functools.cache(measure.Streaming)
@@ -68,7 +78,8 @@ def units(jobs: Sequence[Job], effort: Effort, quick: bool, only: Sequence[str],
         def measure(on_share: OnShare) -> Record:
             return measure_row(job, effort, quick, only, shared, on_share).to_record()
 
-        return Unit(PART, str(job), measure, seconds=2 * effort.budget + 2 + job.workload.elements / 3e7)
+        name = str(job) if job.against != TORCH or set(only) == set(IN_TORCH) else f"{job} against {', '.join(only)}"
+        return Unit(PART, name, measure, seconds=2 * effort.budget + 2 + job.workload.elements / 3e7)
 
     return [unit(job) for job in jobs]
 
@@ -81,11 +92,15 @@ def measure_row(job: Job, effort: Effort, quick: bool, only: Sequence[str], shar
             if job.against == TORCH:
                 return _Measurement(job, shared).against_torch(effort, quick and job.workload.elements > LARGE, only, on_share)
             implementation = implementations()[job.against]
-            if implementation.missing:
-                return Skipped(job, implementation.missing)
+            if reason := implementation.missing or shared.hung.get(job.against, ""):
+                return Skipped(job, reason)
             with Worker(threads) as worker:
+                worker.call(ready)  # not while ours takes its first steps
                 return _Measurement(job, shared).against(implementation, worker, effort, on_share)
-        except (_CannotMeasureError, WorkerError) as error:
+        except TimedOutError as error:
+            shared.hung[job.against] = f"{error} on {job.workload.name}"
+            return Skipped(job, str(error))
+        except (_CannotMeasureError, WorkerError, PicklingError) as error:
             return Skipped(job, str(error))
 
 
@@ -129,19 +144,19 @@ class _Measurement:
         return self._row(exist, effort, on_share)
 
     def against(self, implementation: Implementation, worker: Worker, effort: Effort, on_share: OnShare) -> Row:
-        self._enter(implementation.name, Elsewhere(worker, implementation, self.job), implementation.state != AS_TORCH)
+        self._enter(implementation.name, Elsewhere(worker, implementation, self.job))
         return self._row([], effort, on_share)
 
     def _maker(self, name: str) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
         return lambda params: implementations()[name].make(self.job.case, params)
 
-    def _enter(self, name: str, contestant: Contestant, coded: bool = False) -> float:
+    def _enter(self, name: str, contestant: Contestant) -> float:
         """Let it take the compared steps. Returns the seconds that these took."""
         seconds, values = contestant.compared_steps()
-        if coded:
-            self.detours[name] = self.exact.detour_of(values)
-        else:
+        if name in IN_TORCH:
             self.errors[name] = self.exact.error_of(values)
+        else:
+            self.detours[name] = self.exact.detour_of(values)
         self.contestants[name], self.first_seconds[name] = contestant, seconds[0]
         return sum(seconds)
 
@@ -155,7 +170,7 @@ class _Measurement:
             contestant.compared_steps()
             values = self.exact.take(contestant.params)
             self.errors[name] = self.exact.error_of(values, torch.finfo(torch.bfloat16).eps if state == BF16 else 0.0)
-        if state != AS_TORCH:
+        if state != AS_TORCH or self.job.against != TORCH:
             self.detours[name] = self.exact.detour(contestant.params)
         self.contestants[name], self.first_seconds[name] = contestant, contestant.seconds[0]
 
@@ -185,9 +200,11 @@ class _Measurement:
         # with 8-bit states 16.
         step_bytes = {name: self._parameter_bytes * 3 + size * 2 for name, size in state_bytes.items()}
         memory = self.shared.streaming() if step_bytes[OURS] >= STREAMING_FROM else None
-        sampled = {name: contestant.sample for name, contestant in self.contestants.items()}
+        # A process of its own was asleep, and so are its threads and those of ours meanwhile: 39 instead of 5 times our time, on rl.
+        lead_in = None if memory else 0.0 if self.job.against == TORCH else AWAKE
+        sampled = {name: functools.partial(contestant.sample, lead_in=lead_in) for name, contestant in self.contestants.items()}
         streams = measure.samplers(memory.kernels()) if memory else {}
-        samples = interleave({**sampled, **streams}, effort, lead_in=memory is None, on_round=on_share)
+        samples = interleave({**sampled, **streams}, effort, on_round=on_share)
         ours = self.contestants[OURS]
         assert isinstance(ours, Here)
         ran = ours.optimizer._last_ran

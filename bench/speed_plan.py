@@ -103,7 +103,7 @@ QUICK_JOBS = [
 ]
 FULL_JOBS = [
     *jobs(WORKLOADS, ["float32"], ["contiguous"], QUICK_CONFIGURATIONS),
-    *jobs(["rl", "mlp", "gpt2"], ["float32"], ["contiguous"], OTHER_CONFIGURATIONS),
+    *jobs(["rl", "mlp"], ["float32"], ["contiguous"], OTHER_CONFIGURATIONS),
     *jobs(["mlp", "gpt2"], SHORT_DTYPES, ["contiguous"], QUICK_CONFIGURATIONS),
     *jobs(["resnet50"], ["float32"], ["permuted", "other-grad", "gaps"], ["adamw", "sgd-momentum"]),
     *jobs(WORKLOADS, ["float32"], ["contiguous"], ["adamw"], [INT8]),
@@ -114,5 +114,7 @@ FULL_JOBS = [
     *(replace(job, threads=1) for job in jobs(["mlp", "gpt2"], ["float32"], ["contiguous"], ["adamw"], [AS_TORCH, INT8])),
 ]
 # What implementations in processes of their own are measured on in a full run.
-PEER_JOBS = jobs(["rl", "mlp", "resnet50", "gpt2"], ["float32"], ["contiguous"], ["adamw"])
-OTHER_PEER_JOBS = jobs(["mlp"], ["float32"], ["contiguous"], ["sgd-momentum", "rmsprop"])
+PEER_JOBS = [
+    *jobs(["mlp", "gpt2"], ["float32"], ["contiguous"], ["adamw"], [AS_TORCH, INT8]),
+    *jobs(["mlp"], ["float32"], ["contiguous"], ["sgd-momentum", "rmsprop"], [AS_TORCH, INT8]),
+]

@@ -48,7 +48,7 @@ def _against_torch(dtype: str, layout: str, state: str, rows: Sequence[Row | Ski
     others = [*IN_TORCH, *([CONTIGUOUS] if layout != "contiguous" else []), *([PLAIN] if state != AS_TORCH else [])]
     title = f"{dtype}, {layout}" if state == AS_TORCH else f"{dtype}, {layout}, our states {state}"
     coded = ["codes"] if state != AS_TORCH else []
-    values = ["ours ms", "torch ms", "speed-up", "95 %", *others, "GB/s", "of limit", "error", *coded]
+    values = ["ours ms", "torch ms", "speed-up", "interval", *others, "GB/s", "of limit", "error", *coded]
     result = Sheet(title, [*_job_columns(rows), "optimizer"], values)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         last = following is not None and following.job.workload is not row.job.workload
@@ -97,7 +97,7 @@ def _against_others(rows: Sequence[Row | Skipped]) -> Sheet:
     result = Sheet(
         "Implementations in processes of their own, each beside ours with states of the nearest format",
         [*_job_columns(rows), "dtype", "optimizer", "implementation"],
-        ["ms", "ours ms", "speed-up", "95 %", "state bytes", "ours", "off by", "ours"],
+        ["ms", "ours ms", "speed-up", "interval", "state bytes", "ours", "off by", "ours"],
     )
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         job = row.job
@@ -120,16 +120,15 @@ def _against_others(rows: Sequence[Row | Skipped]) -> Sheet:
     result.notes = [
         *_skipped_notes(rows),
         "speed-up: its time over ours, the median of the rounds. state bytes: of a parameter's value in all states. off by: a parameter's "
-        f"largest distance from torch's for-loop in float64 after {COMPARED_STEPS} steps; of codes in percent of its way, of others in "
-        f"units of eps times the parameter's magnitude. !: above {TOLERATED:.0f}, more than rounding explains.",
+        f"largest distance from torch's for-loop in float64 after {COMPARED_STEPS} steps, as a share of its way. !: more than rounding or "
+        "codes explain: another formula.",
     ]
     return result
 
 
 def _off_by(row: Row, name: str) -> Cell | str:
-    if name in row.detours:
-        return f"{row.detours[name]:.1%}"
-    return Cell(f"! {_error(row.errors[name])}", BAD) if name in row.wrong else _error(row.errors[name])
+    share = f"{row.detours[name]:.2g}"
+    return Cell(f"! {share}", BAD) if name in row.wrong else share
 
 
 def _memory(rows: Sequence[Row]) -> Sheet:
@@ -184,7 +183,7 @@ def _blocks_sheet(blocks: Blocks) -> Sheet:
 
 
 def _block_peers_sheet(blocks: Blocks) -> Sheet:
-    result = Sheet("Blockwise quantization of other packages", ["function", "package"], ["ms", "speed-up", "95 %"])
+    result = Sheet("Blockwise quantization of other packages", ["function", "package"], ["ms", "speed-up", "interval"])
     for row in blocks.rows:
         for peer in row.peers:
             if peer.failure:
@@ -214,8 +213,8 @@ def _reading_notes(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     notes = [
-        "speed-up: torch's time over ours, median of the rounds with its 95 % confidence interval; for its fastest implementation that is "
-        "right (torch ms), and for each."
+        "speed-up: torch's time over ours, median of the rounds with its interval (95 % confidence with 6 rounds or more; of fewer, least "
+        "to largest); for its fastest implementation that is right (torch ms), and for each."
     ]
     if any(row.wrong for row in rows):
         notes.append(f"!: wrong, with an error above {TOLERATED:.0f}, more than rounding explains; does not count as torch's fastest.")

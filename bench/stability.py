@@ -23,21 +23,23 @@ TOLERATED = 0.15
 
 @dataclass(frozen=True)
 class Change:
-    """A speed-up over torch's fastest right implementation in two runs; of the same implementation, the earlier run's.
+    """A speed-up over another contestant in two runs.
 
     Attributes:
         row: the row's name.
-        before, after: the rows.
+        other: the contestant.
+        before, after: the speed-ups.
     """
 
     row: str
-    before: Row
-    after: Row
+    other: str
+    before: Estimate
+    after: Estimate
 
     @property
     def ratio(self) -> float:
         """The later speed-up by the earlier one."""
-        return self._estimates[1].median / self._estimates[0].median
+        return self.after.median / self.before.median
 
     @property
     def far(self) -> bool:
@@ -47,20 +49,14 @@ class Change:
     @property
     def slower(self) -> bool:
         """Whether the later one is lower by more than that, and its confidence interval lies below the earlier one's."""
-        before, after = self._estimates
-        return self.ratio < 1 / (1 + TOLERATED) and after.high < before.low
-
-    @property
-    def _estimates(self) -> tuple[Estimate, Estimate]:
-        name = self.before.fastest
-        return self.before.speed_ups[name], self.after.speed_ups[name]
+        return self.ratio < 1 / (1 + TOLERATED) and self.after.high < self.before.low
 
     def cells(self) -> list[Cell | str]:
         """Of a table."""
-        before, after = self._estimates
         ratio = f"{self.ratio:.2f}"
         shown = Cell(ratio, BAD) if self.far else ratio
-        return [self.row, self.before.fastest, f"{before.median:.2f}", interval(before), f"{after.median:.2f}", interval(after), shown]
+        medians = f"{self.before.median:.2f}", f"{self.after.median:.2f}"
+        return [self.row, self.other, medians[0], interval(self.before), medians[1], interval(self.after), shown]
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,11 @@ class Comparison:
         pairs = [(name, before, rows[1].get(name)) for name, before in rows[0].items()]
         return cls(
             [
-                Change(name, before, after)
+                Change(name, other, before.speed_ups[other], after.speed_ups[other])
                 for name, before, after in pairs
-                if isinstance(before, Row) and isinstance(after, Row) and before.others and before.fastest in after.samples
+                if isinstance(before, Row) and isinstance(after, Row)
+                for other in before.others
+                if other in after.samples and other not in before.wrong
             ]
         )
 
@@ -94,7 +92,7 @@ class Comparison:
 
     def sheet(self, title: str = "Speed-ups of two runs") -> Sheet:
         """A line for each row, the largest difference first."""
-        result = Sheet(title, ["row", "over"], ["before", "95 %", "after", "95 %", "after / before"])
+        result = Sheet(title, ["row", "over"], ["before", "interval", "after", "interval", "after / before"])
         for change in sorted(self.changes, key=lambda change: -max(change.ratio, 1 / change.ratio)):
             result.add(*change.cells())
         result.notes = self.notes()
@@ -108,7 +106,7 @@ class Comparison:
         far = sum(change.far for change in self.changes)
         verdict = f"{far} of {len(distances)} differ by more than {TOLERATED:.0%}" if far else f"all agree within {TOLERATED:.0%}"
         notes = [
-            f"Speed-ups over torch's fastest right implementation in both runs: {verdict}; "
+            f"Of the speed-ups over other right implementations in both runs, {verdict}; "
             f"the median difference is {statistics.median(distances):.1%}, the largest {max(distances):.1%}."
         ]
         if self.slower:

@@ -17,6 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from fused_opt.arguments import CannotRunError
 from fused_opt.bench import machine
 
+# Parts that tell no times.
+UNTIMED = ("conformance", "quality")
+
 # What was measured, as JSON has it.
 Record = dict[str, Any]
 
@@ -49,6 +52,8 @@ class Results:
         settings: what all units of a run have in common; a run is only resumed with the same ones.
         records: part -> name of a unit -> what it measured.
         loads: part -> name of a unit -> share of the CPU, 0 to 1, that other programs took meanwhile; None where the system does not tell.
+        durations: part -> name of a unit -> seconds that it took.
+        failures: "part: name" of units that failed -> why. They are tried again when the run is resumed.
         path: the file that holds all this, or None.
     """
 
@@ -56,6 +61,8 @@ class Results:
     settings: Mapping[str, Any]
     records: dict[str, dict[str, Record]] = field(default_factory=dict)
     loads: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    durations: dict[str, dict[str, float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
 
     def part(self, name: str) -> dict[str, Record]:
@@ -64,10 +71,11 @@ class Results:
 
     @property
     def load_warning(self) -> str:
-        """What to say of other programs that ran meanwhile, or ""."""
+        """What to say of other programs that ran meanwhile, or "". Of parts without times nothing."""
         busy = [
             (share, name)
-            for loads in self.loads.values()
+            for part, loads in self.loads.items()
+            if part not in UNTIMED
             for name, share in loads.items()
             if share is not None and share > machine.TOLERATED_LOAD
         ]
@@ -79,20 +87,28 @@ class Results:
             "machine."
         )
 
-    def keep(self, unit: Unit, record: Record, load: float | None) -> None:
+    def keep(self, unit: Unit, record: Record, load: float | None, seconds: float) -> None:
         """Add what a unit measured, and write the file."""
         self.records.setdefault(unit.part, {})[unit.name] = record
         self.loads.setdefault(unit.part, {})[unit.name] = load
+        self.durations.setdefault(unit.part, {})[unit.name] = seconds
         self.write()
 
     def write(self) -> None:
         """To `path`, if there is one: all of it or, if that fails, nothing."""
         if self.path is None:
             return
-        content = {name: getattr(self, name) for name in ("machine", "settings", "records", "loads")}
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(_to_json(content), indent=1, allow_nan=False) + "\n")
-        beside.replace(self.path)
+        content = json.dumps(_to_json({name: getattr(self, name) for name in _CONTENT}), indent=1, allow_nan=False) + "\n"
+        path = self.path.resolve()
+        if path.exists() and not path.is_file():  # a device or a pipe
+            path.write_text(content)
+            return
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(content)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -103,7 +119,7 @@ class Results:
         """
         try:
             content = json.loads(path.read_text())
-            return cls(**{name: content[name] for name in ("machine", "settings", "records", "loads")}, path=path)
+            return cls(**{name: content[name] for name in _CONTENT}, path=path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise CannotRunError(f"{str(path)!r} has no results of fused-opt bench ({why}); give a file written by --json") from error
@@ -122,23 +138,33 @@ class Results:
                 raise CannotRunError(
                     f"{str(path)!r} cannot be resumed: its {key} is {then.get(key)!r}, now it is {now.get(key)!r}; leave out --resume"
                 )
-        self.records, self.loads = earlier.records, earlier.loads
+        self.records, self.loads, self.durations = earlier.records, earlier.loads, earlier.durations
+
+
+_CONTENT = ("machine", "settings", "records", "loads", "durations", "failures")
 
 
 def run(units: Sequence[Unit], results: Results, console: Console) -> bool:
-    """Measure the units that are not in the results yet. Returns whether all is done; False if interrupted."""
+    """Measure the units that are not in the results yet. Returns False if interrupted; units that fail are told in the results."""
     to_do = [unit for unit in units if unit.name not in results.part(unit.part)]
     with Bar(console, to_do) as bar:
         try:
             for unit in to_do:
-                load = machine.OtherLoad()
-                record = unit.measure(bar.begin(unit))
-                results.keep(unit, record, load.share())
+                load, start = machine.OtherLoad(), time.monotonic()
+                try:
+                    record = unit.measure(bar.begin(unit))
+                except Exception as error:  # an implementation's, or ours: the others are measured all the same
+                    results.failures[f"{unit.part}: {unit.name}"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    continue
+                results.keep(unit, record, load.share(), time.monotonic() - start)
         except KeyboardInterrupt:
+            results.write()
             left = sum(unit.name not in results.part(unit.part) for unit in units)
             resume = f"; go on with: --json {results.path} --resume" if results.path else ""
             console.print(f"Interrupted: {len(units) - left} of {len(units)} are measured{resume}.", markup=False, soft_wrap=True)
             return False
+    if results.failures:
+        results.write()
     return True
 
 

@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# Threads of OpenMP wait actively for a few milliseconds for what comes next. Before somebody else is timed they must sleep.
-SETTLE = 0.01
+# Threads of OpenMP wait actively for some milliseconds for what comes next. Before somebody else is timed they must sleep.
+SETTLE = 0.02
 
 # Seconds to clean up in. Without any, semaphores of multiprocessing are left behind, of which Python warns in the end.
 GRACE = 3.0
@@ -32,6 +32,10 @@ Session = dict[str, Any]
 
 class WorkerError(Exception):
     """What was called did not return: it raised, crashed or took too long. The message says which, in a line."""
+
+
+class TimedOutError(WorkerError):
+    """It took too long."""
 
 
 class Worker:
@@ -66,7 +70,7 @@ class Worker:
             self._connection.send_bytes(request)
             if not self._connection.poll(self._limit):
                 self._kill()
-                raise WorkerError(f"took longer than {self._limit:g} s")
+                raise TimedOutError(f"took longer than {self._limit:g} s")
             ok, result = pickle.loads(self._connection.recv_bytes())
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise WorkerError(self._death()) from None
@@ -110,6 +114,10 @@ class Worker:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def ready(session: Session) -> None:
+    """Something to call that returns when the process has started."""
 
 
 @contextlib.contextmanager

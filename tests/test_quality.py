@@ -306,7 +306,7 @@ def test_a_difference_is_judged_by_the_seeds_spread(coded: list[float | None], m
     records = of_seeds([1.0, 2.0, 3.0], coded, metric=metric)
     (comparison,) = compare(records.values())
     assert comparison.seeds_spread == 1
-    assert comparison.within(INT8) is not verdict
+    assert comparison.within(INT8) is not bool(verdict)
     (sheet,) = quality.sheets(records)
     (row,) = sheet.rows
     assert [cell.text for cell in row[3:6]] == [metric, "2.0000", "1.0000"]

@@ -1,10 +1,11 @@
 """Steps for `pytest bench/ --benchmark-only`: what pytest-benchmark times, groups by workload, saves and compares with earlier runs.
 
     pytest bench/ --benchmark-only --benchmark-autosave
-    pytest bench/ --benchmark-only --benchmark-compare --benchmark-compare-fail=median:15%
+    pytest bench/ --benchmark-only -k test_step --benchmark-compare --benchmark-compare-fail=median:15%
 
 Times of two runs differ by what else the machine did; so `test_no_slower_than_torch` times torch beside ours in the same rounds, and is the
-check that another machine, or another day, does not fail. These are benchmarks: no test of the product hangs on them.
+check that another machine, or another day, does not fail; its own time is that of measuring. These are benchmarks: no test of the product
+hangs on them.
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ def test_step(benchmark: BenchmarkFixture, workload: str, configuration: str, na
 @pytest.mark.parametrize("configuration", QUICK_CONFIGURATIONS)
 @pytest.mark.parametrize("workload", TIMED)
 def test_no_slower_than_torch(benchmark: BenchmarkFixture, workload: str, configuration: str) -> None:
-    """Ours beside torch's fastest right implementation: it fails if we are slower, and the confidence interval leaves no doubt of it."""
+    """Ours beside torch's fastest right implementation: it fails if all of the confidence interval lies below 1 / 1.15."""
     (job,) = jobs([workload], ["float32"], ["contiguous"], [configuration])
     benchmark.group = "speed-ups, measured in pairs"
     row = benchmark.pedantic(measure_row, args=(job, EFFORT, True, IN_TORCH, Shared(), lambda share: None), rounds=1, iterations=1)
     assert isinstance(row, Row), row.reason
+    assert "ours" not in row.wrong
     ratio = row.speed_ups[row.fastest]
     benchmark.extra_info |= {"over": row.fastest, "speed_up": ratio.median, "low": ratio.low, "high": ratio.high}
     assert ratio.high > 1 / (1 + TOLERATED), f"{ratio.low:.2f} to {ratio.high:.2f} times as fast as torch's {row.fastest}"
