@@ -138,8 +138,6 @@ def run(args: argparse.Namespace) -> int:
         sheets.setdefault(stability.PART, []).append(comparison.sheet(f"Speed-ups, and those in {args.compare}"))
     shown = [sheet for of_part in sheets.values() for sheet in of_part]
     Console(width=max(console.width, TABLE_WIDTH)).print(to_rich(shown))
-    for what, why in results.failures.items():
-        console.print(f"{what} failed: {why}", markup=False, soft_wrap=True)
     if warning := results.load_warning:
         console.print(warning, markup=False)
     if args.csv:

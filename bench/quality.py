@@ -11,12 +11,9 @@ from rich.console import Console
 from fused_opt.arguments import CannotRunError, one_of, whole_number, writable_file
 from fused_opt.bench import machine, suite
 from fused_opt.bench.quality_recipes import RECIPES
-from fused_opt.bench.quality_report import Curve as Curve
-from fused_opt.bench.quality_report import curves as curves
-from fused_opt.bench.quality_report import sheets as sheets
+from fused_opt.bench.quality_report import sheets
 from fused_opt.bench.quality_tasks import TASKS
-from fused_opt.bench.quality_units import DEFAULT, FORMATS, SEEDS, SHARED, Combination, combinations, units, why_not
-from fused_opt.bench.quality_units import PART as PART
+from fused_opt.bench.quality_units import DEFAULT, FORMATS, PART, SEEDS, SHARED, Combination, combinations, units, why_not
 from fused_opt.bench.sheet import to_rich
 from fused_opt.bench.training import SCHEDULES
 
@@ -25,11 +22,6 @@ HELP = "train models with states as in torch, in bfloat16 and in 8 bits, with se
 WIDTH = 140  # of the tables, where the terminal is narrower: lines that wrap are better than columns cut off
 
 DECAYS = {"default": True, "none": False}
-
-
-def default_units() -> list[suite.Unit]:
-    """What is measured where nothing is selected."""
-    return units(DEFAULT, SEEDS, None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, compare, report, also when interrupted.
 
     Returns:
-        The exit status: 0; 130 if interrupted. How much difference is too much is for the reader to say.
+        The exit status: 0; 1 if a training failed; 130 if interrupted. How much difference is too much is for the reader to say.
 
     Raises:
         CannotRunError: states have torch's formats only here, or there is nothing to go on with.
@@ -79,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     complete = suite.run(units(_selection(args), args.seeds, args.steps, formats), results, console)
     Console(width=max(console.width, WIDTH), highlight=False).print(to_rich(sheets(results.part(PART))))
-    return 0 if complete else 130
+    return int(bool(results.failures)) if complete else 130
 
 
 def _selection(args: argparse.Namespace) -> list[Combination]:

@@ -110,7 +110,7 @@ class Comparison:
             f"the median difference is {statistics.median(distances):.1%}, the largest {max(distances):.1%}."
         ]
         if self.slower:
-            names = "; ".join(change.row for change in self.slower)
+            names = "; ".join(dict.fromkeys(change.row for change in self.slower))
             notes.append(f"Slower than before, beyond both confidence intervals: {names}.")
         return notes
 

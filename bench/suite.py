@@ -165,6 +165,8 @@ def run(units: Sequence[Unit], results: Results, console: Console) -> bool:
             return False
     if results.failures:
         results.write()
+    for what, why in results.failures.items():
+        console.print(f"{what} failed: {why}", markup=False, soft_wrap=True)
     return True
 
 

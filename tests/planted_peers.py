@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from fused_opt.bench.block_peers import DEQUANTIZE, QUANTIZE
+from fused_opt.bench.implementations import Implementation
+
+PLUG_IN = Implementation("planted", "planted_peers", {"AdamW": "planted_peers:Working"})
 
 
 class Working(torch.optim.AdamW):

@@ -20,7 +20,7 @@ from torch import nn
 
 import fused_opt
 from fused_opt import cli
-from fused_opt.bench import quality, quality_units
+from fused_opt.bench import quality_report, quality_units
 from fused_opt.bench.char_model import Corpus
 from fused_opt.bench.quality_recipes import DECOUPLED, L2, RECIPES
 from fused_opt.bench.quality_report import Comparison, compare
@@ -53,7 +53,7 @@ def measure_one(combination: Combination, steps: int = 2) -> dict[str, Any]:
 def command(*arguments: str, file: Path | None = None, status: int = 0) -> dict[str, Any]:
     """The records that it wrote."""
     assert cli.main(["quality", *arguments, *(["--json", str(file)] if file else [])]) == status
-    return json.loads(file.read_text())["records"][quality.PART] if file and file.exists() else {}
+    return json.loads(file.read_text())["records"][quality_units.PART] if file and file.exists() else {}
 
 
 def cosine(share: float) -> float:
@@ -116,7 +116,7 @@ def test_the_default_run_has_every_optimizer_and_every_schedule() -> None:
         assert {each.schedule for each in DEFAULT if (each.task, each.optimizer) == (task, "adamw")} == set(SCHEDULES)
     assert all(set(recipe.rates) == set(TASKS) for recipe in RECIPES.values())
     assert {recipe.decay for recipe in RECIPES.values()} == {DECOUPLED, L2}
-    assert len(quality.default_units()) == len({unit.name for unit in quality.default_units()}) == 3 * len(DEFAULT)
+    assert len(units()) == len({unit.name for unit in units()}) == 3 * len(DEFAULT)
 
 
 @pytest.mark.parametrize(("task", "samples"), [("digits", 1797), ("diabetes", 442)])
@@ -307,7 +307,7 @@ def test_a_difference_is_judged_by_the_seeds_spread(coded: list[float | None], m
     (comparison,) = compare(records.values())
     assert comparison.seeds_spread == 1
     assert comparison.within(INT8) is not bool(verdict)
-    (sheet,) = quality.sheets(records)
+    (sheet,) = quality_report.sheets(records)
     (row,) = sheet.rows
     assert [cell.text for cell in row[3:6]] == [metric, "2.0000", "1.0000"]
     assert (row[-1].text, row[-1].mark) == (("NO", BAD) if verdict else ("yes", ""))
@@ -317,7 +317,7 @@ def test_a_difference_is_judged_by_the_seeds_spread(coded: list[float | None], m
 
 
 def test_one_seed_decides_nothing() -> None:
-    (sheet,) = quality.sheets(of_seeds([1.0], [9.0]))
+    (sheet,) = quality_report.sheets(of_seeds([1.0], [9.0]))
     assert sheet.rows[0][-1].text == "?"
     assert not any("another seed does" in note for note in sheet.notes if "int8 states" in note)
 
@@ -337,7 +337,7 @@ def test_8_bit_states_that_do_not_step_are_reported(monkeypatch: pytest.MonkeyPa
         assert comparison.within(BF16)
         assert not comparison.within(INT8)
         assert comparison.outside(INT8).endswith("worse")
-    (sheet,) = quality.sheets(records)
+    (sheet,) = quality_report.sheets(records)
     assert any("int8 states changed by more than another seed does, in 2 of 2 lines" in note for note in sheet.notes)
 
 
@@ -347,7 +347,7 @@ def test_curves_are_of_all_trainings_the_shared_one_first() -> None:
         for optimizer, schedule, decay in (("adamw", "cosine", "L2"), ("adamw", "cosine", "none"), (*SHARED, "L2"))
         for seed in range(3)
     }
-    found = quality.curves(records)
+    found = quality_report.curves(records)
     names = ("adamw", "warm-up"), ("adamw", "cosine"), ("adamw without decay", "cosine")
     expected = [("digits", *name, state) for name in names for state in (AS_TORCH, INT8)]
     assert [(curve.task, curve.optimizer, curve.schedule, curve.state) for curve in found] == expected
@@ -366,8 +366,8 @@ def test_the_command_reports_and_keeps_what_it_measured(tmp_path: Path, capsys: 
     assert "Trained models: diabetes" in printed
     first, second = (records[f"diabetes adamw warm-up seed {seed}"]["states"][AS_TORCH]["scores"]["MSE"] for seed in range(2))
     assert f" {(first + second) / 2:.4f}  {abs(first - second) / math.sqrt(2):.4f} " in printed
-    assert len(quality.sheets(records)) == 2, "from the file alone"
-    assert len(quality.curves(records)) == 6
+    assert len(quality_report.sheets(records)) == 2, "from the file alone"
+    assert len(quality_report.curves(records)) == 6
 
 
 def test_what_is_trained_can_be_selected(tmp_path: Path) -> None:
@@ -441,8 +441,8 @@ def test_without_the_extension_there_is_nothing_to_compare(capsys: pytest.Captur
     command(status=2)
     why = "8-bit states need the extension, and FUSED_OPT_BACKEND=torch"
     assert why in capsys.readouterr().err
-    (unit,) = quality.default_units()
+    (unit,) = units()
     records = {unit.name: unit.measure(lambda share: None)}
-    (sheet,) = quality.sheets(records)
+    (sheet,) = quality_report.sheets(records)
     assert why in sheet.rows[0][0].text
-    assert quality.curves(records) == []
+    assert quality_report.curves(records) == []

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import worker_programs as programs
 
+import worker_programs as programs
 from fused_opt.bench.worker import Worker, WorkerError
 
 
