@@ -203,8 +203,9 @@ def _units(args: argparse.Namespace) -> list[Unit]:
     units: list[Unit] = []
     if speed_measure.PART in parts:
         against_torch, against_others = _jobs(args)
-        units += speed_measure.units(against_torch if in_torch else [], effort, not args.full, in_torch, shared)
-        units += speed_measure.units(against_others, PEERS, not args.full, (), shared)
+        quick = not (args.full and _selected(args))
+        units += speed_measure.units(against_torch if in_torch else [], effort, quick, in_torch, shared)
+        units += speed_measure.units(against_others, PEERS, quick, (), shared)
     if speed_blocks.PART in parts and (BLOCKS in args.workloads or not _selected(args)):
         with_peers = args.full or BLOCKS in args.workloads
         units += [unit for count in _threads(args) for unit in speed_blocks.units(effort, shared.streaming, with_peers, count)]
@@ -236,6 +237,8 @@ def _jobs(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
     if args.implementation and not args.state:  # those that are named are measured with the states that they have
         others = [dataclasses.replace(job, state=state) for job in others for state in {each.state: None for each in everybody}]
     against = [dataclasses.replace(job, against=each.name) for job in others for each in everybody if _comparable(job, each)]
+    if not _selected(args):
+        against = [job for job in against if job.workload.name == "mlp" or job.against not in speed_plan.SLOW_TO_COMPILE]
     return _everywhere(chosen, args), _everywhere(against, args)
 
 

@@ -26,10 +26,10 @@ from fused_opt.native import native
 
 PART = "speed"
 
-# A quick run does not time all of torch's implementations of a larger model. Foreach and the for-loop allocate temporaries of the
-# parameters' size, which the system has to clear page by page: on gpt2 in float32, AdamW fused took 0.16 s a step, the for-loop 1.4 s and
-# foreach 2.8 s. They are left out where the fused one is right. Where it is wrong or missing the for-loop is timed, and foreach if the
-# for-loop's compared steps took less than PATIENCE seconds: of SGD in bfloat16, a step of either is 0.07 s.
+# Not all of torch's implementations are timed on a larger model, unless it is selected with --full. Foreach and the for-loop allocate
+# temporaries of the parameters' size, which the system has to clear page by page: on gpt2 in float32, AdamW fused took 0.16 s a step, the
+# for-loop 1.4 s and foreach 2.8 s. They are left out where the fused one is right. Where it is wrong or missing the for-loop is timed, and
+# foreach if the for-loop's compared steps took less than PATIENCE seconds: of SGD in bfloat16, a step of either is 0.07 s.
 LARGE = 50_000_000
 PATIENCE = 0.3
 

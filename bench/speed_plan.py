@@ -118,3 +118,5 @@ PEER_JOBS = [
     *jobs(["mlp", "gpt2"], ["float32"], ["contiguous"], ["adamw"], [AS_TORCH, INT8]),
     *jobs(["mlp"], ["float32"], ["contiguous"], ["sgd-momentum", "rmsprop"], [AS_TORCH, INT8]),
 ]
+# Seconds of a row on gpt2: 123, 74, 90, nearly all of it compiling. A full run has them on mlp only.
+SLOW_TO_COMPILE = ("compiled", "torchao fp8", "torchao 4-bit")

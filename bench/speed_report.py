@@ -219,7 +219,7 @@ def _reading_notes(rows: Sequence[Row]) -> list[str]:
     if any(row.wrong for row in rows):
         notes.append(f"!: wrong, with an error above {TOLERATED:.0f}, more than rounding explains; does not count as torch's fastest.")
     if left_out := dict.fromkeys(row.job.workload.name for row in rows if row.left_out):
-        notes.append(f"...: not timed in a quick run of {', '.join(left_out)}; --full times everything.")
+        notes.append(f"...: not timed on {', '.join(left_out)}, for they are slow; --full with a workload times everything.")
     for name, what in (
         (CONTIGUOUS, "on contiguous tensors over that on these"),
         (PLAIN, "with states as torch has them over that with these"),

@@ -75,7 +75,7 @@ def test_help_and_version() -> None:
         (("bench", "--optimizer", "lion"), "lion.*adamw"),
         (("bench", "--dtype", "int8"), "int8.*bfloat16"),
         (("bench", "--layout", "sparse"), "sparse.*permuted"),
-        (("bench", "--state", "int4"), "int4.*as-torch, int8"),
+        (("bench", "--state", "int4"), "int4.*as-torch, bfloat16, int8"),
         (("bench", "--threads", "0"), "0 is out of range.*from 1"),
         (("parity", "--optimizer", "Lion"), "Lion.*AdamW"),
         (("parity", "--dtype", "int8"), "int8.*bfloat16"),
