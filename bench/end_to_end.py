@@ -116,8 +116,8 @@ def measure_task(task: Task, optimizers: Sequence[Implementation], threads: int,
         for trainer in trainers:  # now that no process is starting any more
             trainer.take_first_step()
         samplers = {trainer.implementation.name: trainer.sample for trainer in trainers}
-        interleave(samplers, effort, min_sample=0.0, on_round=lambda share: on_share(0.2 + 0.8 * share))
-        record["trained"] = {trainer.implementation.name: trainer.end() for trainer in trainers}
+        samples = interleave(samplers, effort, min_sample=0.0, on_round=lambda share: on_share(0.2 + 0.8 * share))
+        record["trained"] = {trainer.implementation.name: trainer.end(len(samples[trainer.implementation.name])) for trainer in trainers}
     return record
 
 
@@ -155,15 +155,15 @@ class _Trainer:
         self.steps.append(self._try(_NO_STEP, _take_steps, self.task.lead_in + 1))
         return self.steps[-1][0]
 
-    def end(self) -> Record:
-        """What was measured, without the first sample, which is for warming up."""
+    def end(self, rounds: int) -> Record:
+        """What was measured in so many rounds. What came before is for warming up."""
         loss, peak_bytes = self._try((math.nan, None), _end)
         if self.failure:
             return {"failure": self.failure}
         return {
             "failure": "",
-            "seconds": [whole for whole, _ in self.steps[1:]],
-            "optimizer_seconds": [own for _, own in self.steps[1:]],
+            "seconds": [whole for whole, _ in self.steps[-rounds:]],
+            "optimizer_seconds": [own for _, own in self.steps[-rounds:]],
             "first_seconds": self.first_seconds,
             "losses": [self.first_loss, loss],
             "peak_bytes": peak_bytes,

@@ -52,7 +52,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, suite.Record]
     results = suite.Results({}, {}, path=tmp_path_factory.mktemp("conformance") / "results.json")
     absent = Implementation("absent", "no_such_package", {"AdamW": "no_such_package:AdamW"}, install="ask them")
     for name, record in (("planted", measure(PLANTED, shares.append, EXPECTED, ["float32"])), ("absent", measure(absent, shares.append))):
-        results.keep(suite.Unit(PART, name, lambda on_share: {}), record, None)
+        results.keep(suite.Unit(PART, name, lambda on_share: {}), record, None, 1.0)
     assert shares == sorted(shares)
     assert len(shares) == len(EXPECTED)
     assert results.path

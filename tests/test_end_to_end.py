@@ -72,7 +72,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]) -> I
 def written_and_read(record: Record, path: Path) -> Record:
     """As the suite keeps it."""
     results = Results({}, {}, path=path)
-    results.keep(Unit("training", "small", lambda on_share: record), record, None)
+    results.keep(Unit("training", "small", lambda on_share: record), record, None, 1.0)
     (found,) = Results.read(path).part("training").values()
     return found
 
