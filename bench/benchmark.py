@@ -42,7 +42,7 @@ from fused_opt.native import native
 
 HELP = "measure steps, training, memory and conformance against torch's implementations and other packages"
 
-QUICK = measure.Effort(budget=0.6, least=6, most=60)
+QUICK = measure.Effort(budget=0.5, least=6, most=60)
 FULL = measure.Effort(budget=2.0, least=6, most=200)
 PEERS = measure.Effort(budget=1.5, least=6, most=60)  # a step of others takes up to 2.4 s
 
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--layout", "layout", LAYOUTS, "LAYOUT", "contiguous"),
         ("--state", "format of states", STATES, "FORMAT", AS_TORCH),
         ("--implementation", "implementation", implementations(), "NAME", "torch's; with a selection also what is installed"),
-        ("--part", "part", PARTS, "PART", f"{speed_measure.PART} and {speed_blocks.PART}; with --full all"),
+        ("--part", "part", PARTS, "PART", f"{speed_measure.PART}; with --full all"),
     ]
     for option, kind, names, metavar, default in selections:
         text = f"any of {', '.join(names)} (default: {default})"
@@ -87,8 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", type=readable_file, metavar="FILE", help="say how far the ratios are from those in FILE")
     roofline.add_arguments(parser)
     parser.epilog = (
-        "Without a selection some rows in 16 bits, in other layouts, with 8-bit states (int8) and those of blocks come after those in "
-        "float32. Layouts: permuted: matrices "
+        "Without a selection: float32, and two rows with 8-bit states (int8). Layouts: permuted: matrices "
         "transposed, convolutions' weights channels_last; other-grad: contiguous parameters with such gradients; gaps: parameters are "
         "slices of larger tensors."
     )
@@ -197,7 +196,8 @@ def _selected(args: argparse.Namespace) -> bool:
 def _units(args: argparse.Namespace) -> list[Unit]:
     """What to measure, in order."""
     shared = speed_measure.Shared()
-    parts = args.part or (PARTS if args.full and not _selected(args) else PARTS[:2])
+    whole = args.full and not _selected(args)
+    parts = args.part or (PARTS if whole else PARTS[:2] if BLOCKS in args.workloads else PARTS[:1])
     effort = FULL if args.full else QUICK
     in_torch = [name for name in IN_TORCH if name in (args.implementation or IN_TORCH)]
     units: list[Unit] = []
@@ -206,7 +206,7 @@ def _units(args: argparse.Namespace) -> list[Unit]:
         quick = not (args.full and _selected(args))
         units += speed_measure.units(against_torch if in_torch else [], effort, quick, in_torch, shared)
         units += speed_measure.units(against_others, PEERS, quick, (), shared)
-    if speed_blocks.PART in parts and (BLOCKS in args.workloads or not _selected(args)):
+    if speed_blocks.PART in parts:
         with_peers = args.full or BLOCKS in args.workloads
         units += [unit for count in _threads(args) for unit in speed_blocks.units(effort, shared.streaming, with_peers, count)]
     if end_to_end_row.PART in parts:

@@ -45,7 +45,7 @@ LINES = (
     ("`tiny`: 1000 tensors of 64 (their 8-bit states are fp32)", "tiny", "float32"),
 )
 
-PEER_WORKLOADS = ("gpt2", "resnet50", "mlp")
+PEER_WORKLOADS = ("gpt2", "mlp")
 
 
 class Figures:
