@@ -47,3 +47,9 @@ def test_a_figure_that_was_not_measured_is_an_error() -> None:
         written("<!-- figure speed-of-light -->1<!-- / -->", Figures(Results.read(COMMITTED)))
     with pytest.raises(KeyError):
         written("<!-- figure permuted -->1<!-- / -->", Figures(Results({}, {})))
+
+
+def test_the_pictures_are_there() -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README.read_text())
+    assert len(pictures) == 2
+    assert all((README.parent / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
