@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fused_opt import cli
 from fused_opt.bench import benchmark, block_peers, measure, speed_blocks, speed_measure, stability
 from fused_opt.bench.block_peers import DEQUANTIZE, QUANTIZE
 from fused_opt.bench.exact_sample import TOLERATED
-from fused_opt.bench.implementations import ENTRY_POINTS, Implementation, implementations, packages
+from fused_opt.bench.implementations import ENTRY_POINTS, Implementation, implementations, others, packages
 from fused_opt.bench.measure import Effort, Estimate, interleave
 from fused_opt.bench.sheet import to_rich
 from fused_opt.bench.speed_blocks import INTO, BlocksRow, measure_blocks
@@ -39,12 +39,17 @@ ADAMW = ("rl", "--optimizer", "adamw")
 
 
 @pytest.fixture(autouse=True)
-def short_runs_without_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_runs_without_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Packages of others that happen to be installed take seconds."""
     for name in ("QUICK", "FULL", "PEERS"):
         monkeypatch.setattr(benchmark, name, SMALL)
-    for name in [name for name, each in implementations().items() if each.package not in ("torch", "fused_opt")]:
-        monkeypatch.delitem(implementations(), name)
+    known = implementations()
+    before = dict(known)
+    for each in others():
+        del known[each.name]
+    yield
+    known.clear()
+    known.update(before)  # in the order that they had
 
 
 def bench(tmp_path: Path, *arguments: str, status: int = 0) -> Results:
