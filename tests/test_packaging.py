@@ -33,9 +33,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_contents(wheel: Path) -> None:
-    assert wheel.stat().st_size < 1_000_000
-    names = set(zipfile.ZipFile(wheel).namelist())
-    for module in ("fused_opt/__init__.py", "fused_opt/py.typed", "fused_opt/kernels/__init__.py", "fused_opt/bench/cases.py"):
+    # The benchmark suite is a product of its own, a fifth of the wheel; what a training loads stays below 0.9 MB.
+    parts = {entry.filename: entry.compress_size for entry in zipfile.ZipFile(wheel).infolist()}
+    assert sum(size for name, size in parts.items() if not name.startswith("fused_opt/bench/")) < 900_000
+    assert wheel.stat().st_size < 1_100_000
+    names = set(parts)
+    for module in (
+        "fused_opt/__init__.py",
+        "fused_opt/py.typed",
+        "fused_opt/kernels/__init__.py",
+        "fused_opt/bench/cases.py",
+        "fused_opt/bench/report.html",
+    ):
         assert module in names
     assert [name for name in names if name.startswith("fused_opt/_cpu.") and name.endswith(".so")]
     assert {name.split("/")[0].split("-")[0] for name in names} <= {"fused_opt"}, "kernels or bench as top-level packages"
