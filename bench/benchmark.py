@@ -233,7 +233,8 @@ def _jobs(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
     else:
         chosen = speed_plan.FULL_JOBS if args.full else speed_plan.QUICK_JOBS
         others, offered = speed_plan.PEER_JOBS if args.full else [], _others()
-    everybody = [implementations()[name] for name in dict.fromkeys(offered) if name not in IN_TORCH]
+    rivals = [name for name in _others() if name not in IN_TORCH]  # ours may be named, too: for its conformance
+    everybody = [implementations()[name] for name in dict.fromkeys(offered) if name in rivals]
     if args.implementation and not args.state:  # those that are named are measured with the states that they have
         others = [dataclasses.replace(job, state=state) for job in others for state in {each.state: None for each in everybody}]
     against = [dataclasses.replace(job, against=each.name) for job in others for each in everybody if _comparable(job, each)]

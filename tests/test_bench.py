@@ -463,6 +463,12 @@ def test_a_row_may_have_nobody_to_compare_with(tmp_path: Path) -> None:
     assert (set(row["samples"]), row["fastest"]) == ({"ours"}, None)
 
 
+def test_ours_is_not_measured_against_itself(tmp_path: Path) -> None:
+    assert rows(bench(tmp_path, *ADAMW, "--implementation", "ours", "ours 8-bit")) == []
+    (row,) = rows(bench(tmp_path, *ADAMW, "--implementation", "ours", "fused"))
+    assert set(row["samples"]) == {"ours", "fused"}
+
+
 def test_a_package_that_hangs_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, "Working")
     started = []
