@@ -163,8 +163,7 @@ def run(units: Sequence[Unit], results: Results, console: Console) -> bool:
             resume = f"; go on with: --json {results.path} --resume" if results.path else ""
             console.print(f"Interrupted: {len(units) - left} of {len(units)} are measured{resume}.", markup=False, soft_wrap=True)
             return False
-    if results.failures:
-        results.write()
+    results.write()  # also if there was nothing to measure, or all failed
     for what, why in results.failures.items():
         console.print(f"{what} failed: {why}", markup=False, soft_wrap=True)
     return True
