@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace py = pybind11;
@@ -224,7 +225,7 @@ const char* Batch::why_not_in_tables(const Candidate& candidate) const {
 }
 
 bool Batch::read_state(size_t index, size_t position, PyObject* tensor, TensorInfo& out) {
-  position += index * (2 * layout_.slots.size() + 1);
+  position += index * positions();
   if (small_states_.size() <= position) small_states_.resize(position + 1);
   Hold& hold = small_states_[position];
   if (hold.is(tensor)) return reader_.read(tensor, out);
@@ -255,12 +256,76 @@ void Batch::check_shapes(PyObject* param_state, const TensorInfo& p) const {
   }
 }
 
+bool is_there(PyObject* param_state, PyObject* key) {
+  PyObject* const value = PyDict_GetItemWithError(param_state, key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value != nullptr && value != Py_None;
+}
+
+// A rule that counts has all its states from the first step on; one that does not (SGD) may be given its buffer late.
+bool Batch::lacks_rules(PyObject* param_state) const {
+  return (layout_.counter && !is_there(param_state, layout_.counter)) ||
+         (layout_.late && !layout_.slots.empty() && !is_there(param_state, layout_.slots[0].name));
+}
+
+bool is_short(const TensorInfo& t) { return t.bits == 16 && (t.kind == 'b' || t.kind == 'f'); }
+
+// Whether a state that a stage of the group needs is yet to be made. Masks are made for those that the user wants to have one.
+bool Batch::lacks_stages(PyObject* param_state, const TensorInfo& param) const {
+  for (int k = kAnchor; k < kAllOperands; ++k) {
+    PyObject* const name = layout_.stages[k - kMask];
+    if (name == nullptr || (k == kCompanion && !is_short(param))) continue;
+    if (!is_there(param_state, name)) return true;
+  }
+  return false;
+}
+
+// Null, or why this code does not serve what stages use of a parameter. `tensors` has places for them as Walk takes them.
+const char* Batch::attach_stages(PyObject* param_state, Candidate& candidate, TensorInfo* tensors, bool& dense) {
+  constexpr unsigned kFlags[kStageOperands] = {stage::kMasked, stage::kPull, stage::kAveraged, stage::kWithCompanion};
+  const TensorInfo& p = candidate.param;
+  Entry& entry = candidate.entry;
+  entry.stages = stage::kClamp | stage::kSubgradient | stage::kShrink | stage::kProximal;
+  if (p.kind == 'b') entry.stages |= stage::kStochastic;
+  for (int k = kMask; k < kAllOperands; ++k) {
+    PyObject* const name = layout_.stages[k - kMask];
+    if (name == nullptr || (k == kCompanion && !is_short(p))) continue;
+    if (k == kMask && (param_state == nullptr || !is_there(param_state, name))) continue;
+    PyObject* const tensor = state(param_state, name, candidate);
+    TensorInfo& s = tensors[k];
+    if (!read_state(static_cast<size_t>(candidate.index), 2 * layout_.slots.size() + 1 + static_cast<size_t>(k - kMask), tensor, s))
+      return "a state is not a plain strided tensor, or lazily negated or conjugated";
+    Format format = k == kMask ? Format::kBool : Format::kInt16;
+    const bool known = k == kMask                          ? s.kind == 't'
+                       : k == kCompanion && layout_.split ? s.kind == 'i' && s.bits == 16
+                                                          : find_format(s, format);
+    if (!same_shape(s, p) || is_complex(s) != is_complex(p) || !known) refuse_state(name, s, p);
+    if (!(s.device == p.device)) return "a state is on another device than the parameter";
+    if (!same_strides(s, p)) {
+      dense = false;
+      if (k >= kAverage && !surely_disjoint(s)) return "a state's memory may overlap itself";
+    }
+    const Precision precision = entry.precision;
+    place(entry, k, s, format);
+    entry.precision = precision;  // that of the rule's operands
+    if (entry.in_tables) {
+      if (!dense) return "its states are not densely packed in the parameter's order";
+      if (format == Format::kFloat64) return "a state is float64";
+      if (!is_aligned(entry.operands[k])) return "the address of a state is no multiple of its element's size";
+    }
+    if (k >= kAverage) written.push_back(tensor);
+    entry.stages |= kFlags[k - kMask];
+  }
+  return nullptr;
+}
+
 // False if the states have an honest form that this code does not serve; throws if they are unusable.
 bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidate, const char** because) {
   const TensorInfo& p = candidate.param;
   Entry& entry = candidate.entry;
   const size_t index = static_cast<size_t>(candidate.index), slots = layout_.slots.size();
-  TensorInfo states[kMaxStates];
+  TensorInfo tensors[kAllOperands] = {p, candidate.grad};
+  TensorInfo* const states = tensors + kFirstState;
   const size_t first_written = written.size();
   bool dense = candidate.dense;
   for (size_t k = 0; k < slots; ++k) {
@@ -311,20 +376,26 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
     entry.counter_is_double = c.bits == 64;
     step = !c.device.is_cpu() ? Cohort::kUnknown : entry.counter_is_double ? load<double>(c.data) : load<float>(c.data);
   }
+  if (const char* reason = attach_stages(param_state, candidate, tensors, dense)) {
+    written.resize(first_written);
+    return *because = reason, false;
+  }
   entry.cohort = cohort(step, fresh);
   if (!dense && entry.count > 0) {
-    const TensorInfo* tensors[kMaxOperands] = {&p, &candidate.grad};
-    for (size_t k = 0; k < slots; ++k) tensors[kFirstState + k] = &states[k];
+    const TensorInfo* walked[kAllOperands];
+    for (int k = 0; k < kAllOperands; ++k) walked[k] = entry.operands[k].data ? &tensors[k] : &p;
     entry.walk = static_cast<int>(walks.size());
-    walks.emplace_back(tensors, kFirstState + static_cast<int>(slots), entry.block_size > 0 ? kFirstState : kParam);
+    walks.emplace_back(walked, kAllOperands, entry.block_size > 0 ? kFirstState : kParam);
   }
   return true;
 }
 
-bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad, const Servers& servers) try {
+bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad, const Servers& servers, int64_t first_number) try {
   clear();
   servers_ = servers;
-  const bool stateful = !layout_.slots.empty() || layout_.counter != nullptr;
+  const auto asks = [this](int k) { return layout_.stages[k - kMask] != nullptr; };
+  const bool masked = asks(kMask), staged = asks(kAnchor) || asks(kAverage) || asks(kCompanion);
+  const bool needs_states = !layout_.slots.empty() || layout_.counter != nullptr || staged, stateful = needs_states || masked;
   StateCursor cursor(state, PyList_GET_SIZE(param_list) == 1);  // a single parameter may be anywhere
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_list); ++i) {
     PyObject* const param = hold(PyList_GET_ITEM(param_list, i));
@@ -335,6 +406,7 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad, cons
     if (grad == Py_None) continue;
 
     Candidate candidate{i, {}, {}, false, {}};
+    candidate.entry.number = first_number + i;
     if (const char* because = classify(param, grad, candidate)) {
       check_shapes(cursor.find(param), candidate.param);
       declined.emplace_back(i, because);
@@ -344,9 +416,7 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad, cons
     PyObject* const param_state = stateful ? cursor.find(param) : nullptr;
     if (param_state != nullptr) hold(param_state);
     const bool has_states = param_state != nullptr && PyDict_Check(param_state) && PyDict_GET_SIZE(param_state) > 0;
-    // A rule that counts has all its states from the first step on; one that does not (SGD) may be given its buffer late.
-    PyObject* const first = !has_states ? nullptr : layout_.counter ? Py_True : PyDict_GetItemWithError(param_state, layout_.slots[0].name);
-    if (stateful && (first == nullptr || first == Py_None)) {
+    if (needs_states && (!has_states || lacks_rules(param_state) || (staged && lacks_stages(param_state, candidate.param)))) {
       missing.push_back(std::move(candidate));
     } else {
       const char* because = nullptr;
@@ -362,17 +432,17 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad, cons
     indices.push_back(i);
     if (candidate_in_tables) table_indices.push_back(i);
   }
-  const size_t positions = static_cast<size_t>(PyList_GET_SIZE(param_list)) * (2 * layout_.slots.size() + 1);
-  if (small_states_.size() > positions) small_states_.resize(positions);
+  const size_t held = static_cast<size_t>(PyList_GET_SIZE(param_list)) * positions();
+  if (small_states_.size() > held) small_states_.resize(held);
   return !missing.empty() || !declined.empty() || !mixed.empty() || !complex.empty();
 } catch (...) {
   clear();
   throw;
 }
 
-void Batch::adopt(size_t i, PyObject* param_state) {
+void Batch::adopt(size_t i, PyObject* param_state, bool fresh) {
   const char* because = nullptr;
-  if (!attach_states(param_state, true, missing.at(i), &because)) throw std::runtime_error(because);
+  if (!attach_states(param_state, fresh, missing.at(i), &because)) throw std::runtime_error(because);
   entries.push_back(missing[i].entry);
 }
 
@@ -382,8 +452,8 @@ void Batch::append_ranges(std::vector<Range>& ranges) const {
     if (bytes > 0 && data != nullptr) ranges.push_back({begin, begin + static_cast<uintptr_t>(bytes), write});
   };
   const auto append_entry = [&append](const Entry& e) {
-    for (int k = 0; k < kMaxOperands; ++k) {
-      append(e.operands[k].data, e.bytes[k], k != kGrad);
+    for (int k = 0; k < kAllOperands; ++k) {
+      append(e.operands[k].data, e.bytes[k], k != kGrad && k != kMask && k != kAnchor);
       if (e.operands[k].scales) append(e.operands[k].scales, blocks_of(e.count, e.block_size) * int64_t(sizeof(float)), true);
     }
     append(e.counter, e.counter_is_double ? 8 : 4, true);
@@ -392,9 +462,9 @@ void Batch::append_ranges(std::vector<Range>& ranges) const {
   for (const Candidate& m : missing) append_entry(m.entry);
 }
 
-Format Batch::kernel_format(const Entry& entry) const {
+Format Batch::kernel_format(const Entry& entry, unsigned stages) const {
   const Format own = entry.operands[kParam].format;
-  bool common = entry.walk < 0;
+  bool common = entry.walk < 0 && stages == 0;
   for (int k = 0; k < operand_count(); ++k) common &= entry.operands[k].format == own || entry.operands[k].scales;
   return common ? own : entry.precision == Precision::kSingle ? Format::kFloat32 : Format::kFloat64;
 }

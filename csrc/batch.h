@@ -36,17 +36,22 @@ struct Slot {
   bool non_negative;
 };
 
-// What a rule reads and writes beside parameter and gradient.
+// What a rule and the stages around it read and write beside parameter and gradient.
 struct Layout {
-  std::vector<Slot> slots;  // in the rule's order
-  PyObject* counter;        // interned key of the step counter, or null
-  bool takes_codes;         // whether states may be in 8-bit codes
+  std::vector<Slot> slots;           // in the rule's order
+  PyObject* counter;                 // interned key of the step counter, or null
+  bool takes_codes;                  // whether states may be in 8-bit codes
+  bool late;                         // whether the first of `slots` may be made after the counter: SGD's
+  PyObject* stages[kStageOperands];  // interned keys of what stages use; null if the group has no such stage
+  bool split;                        // whether companions are whole numbers
 };
 
 struct Entry {
-  Operand operands[kMaxOperands];
-  int64_t bytes[kMaxOperands];  // from an operand's first byte to its last
-  int64_t count;                // real numbers in each operand
+  Operand operands[kAllOperands];  // those without data are not there
+  int64_t bytes[kAllOperands];     // from an operand's first byte to its last
+  int64_t number;                  // of the parameter in its group
+  unsigned stages = 0;             // those that this parameter can have
+  int64_t count;                   // real numbers in each operand
   Precision precision;
   Device device;
   bool in_tables = false;  // for kernels on the device; else for those of the CPU
@@ -68,13 +73,13 @@ class Batch {
   // Reads the group; writes nothing. Every parameter with a gradient ends up in exactly one of: entries (with states), missing (to be
   // given states, see adopt), or declined (with the reason it cannot be served here). `state` maps parameters to dicts.
   // With assume_grad a parameter without gradient is read as if it had one of its own layout.
-  // `servers` says who steps the tensors of each device.
+  // `servers` says who steps the tensors of each device. `first_number`: of the list's first parameter in its group.
   // Throws on what no implementation could use: a state of a wrong shape or kind, a key that is missing, a parameter whose elements share
   // memory. False if all is as in most steps: nothing is missing, declined, mixed or complex.
-  bool gather(PyObject* params, PyObject* state, bool assume_grad, const Servers& servers);
+  bool gather(PyObject* params, PyObject* state, bool assume_grad, const Servers& servers, int64_t first_number = 0);
 
-  // Completes missing parameter number `i` with the dict of states just made for it.
-  void adopt(size_t i, PyObject* param_state);
+  // Completes missing parameter number `i` with its dict of states, of which some were just made; `fresh` if the rule's are among them.
+  void adopt(size_t i, PyObject* param_state, bool fresh);
 
   // Drops every reference and entry; keeps the memory for the next step.
   void clear();
@@ -82,8 +87,8 @@ class Batch {
   // The memory that the step will touch: of entries and missing ones.
   void append_ranges(std::vector<Range>& ranges) const;
 
-  // Of the kernel for an entry: the operands' own if they have one in common and are densely packed, else the precision's.
-  Format kernel_format(const Entry& entry) const;
+  // Of the kernel for an entry: the operands' own if they have one in common, are densely packed and pass no stage, else the precision's.
+  Format kernel_format(const Entry& entry, unsigned stages) const;
   int operand_count() const { return kFirstState + static_cast<int>(layout_.slots.size()); }
 
   // Adds one to every counter in the CPU's memory; not to those of entries in tables if `on_device`, where kernels do it.
@@ -112,9 +117,13 @@ class Batch {
   const char* why_not_in_tables(const Candidate& candidate) const;
   bool attach_states(PyObject* param_state, bool fresh, Candidate& candidate, const char** because);
   void attach_scales(Candidate& candidate, int operand, const TensorInfo& codes, const TensorInfo& first, PyObject* tensor);
+  const char* attach_stages(PyObject* param_state, Candidate& candidate, TensorInfo* tensors, bool& dense);
+  bool lacks_rules(PyObject* param_state) const;
+  bool lacks_stages(PyObject* param_state, const TensorInfo& param) const;
   void check_shapes(PyObject* param_state, const TensorInfo& param) const;
   PyObject* state(PyObject* param_state, PyObject* key, const Candidate& candidate);
   bool read_state(size_t index, size_t position, PyObject* tensor, TensorInfo& out);
+  size_t positions() const { return 2 * layout_.slots.size() + 1 + kStageOperands; }
   PyObject* hold(PyObject* object);
   int cohort(double step, bool fresh);
 
@@ -122,7 +131,7 @@ class Batch {
   const Layout layout_;
   Servers servers_;
   std::vector<PyObject*> held_;     // a reference to every object whose memory is used, so that none is freed without the GIL
-  std::vector<Hold> small_states_;  // by index and position: slots, their scales, the counter; see kMaxHeldBytes
+  std::vector<Hold> small_states_;  // by index and position: slots, their scales, the counter, those of stages; see kMaxHeldBytes
 };
 
 }  // namespace fused_opt

@@ -8,6 +8,7 @@
 
 #include "batch.h"
 #include "bindings.h"
+#include "norm.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -92,12 +93,18 @@ std::vector<std::pair<const char*, uintptr_t>> code_starts() {
 
 using SlotNames = std::tuple<std::string, std::string, bool>;  // the members of Slot
 
-Layout make_layout(const std::vector<SlotNames>& slots, const std::string& counter, bool takes_codes) {
+PyObject* interned(const std::string& name) { return name.empty() ? nullptr : PyUnicode_InternFromString(name.c_str()); }
+
+Layout make_layout(const std::vector<SlotNames>& slots, const std::string& counter, bool takes_codes, bool late,
+                   const std::vector<std::string>& stages, bool split) {
   if (slots.size() > kMaxStates) throw py::value_error("a rule has at most " + std::to_string(kMaxStates) + " states");
-  Layout layout{{}, counter.empty() ? nullptr : PyUnicode_InternFromString(counter.c_str()), takes_codes};
+  if (!stages.empty() && stages.size() != kStageOperands)
+    throw py::value_error("stages have " + std::to_string(kStageOperands) + " states, or none");
+  Layout layout{{}, interned(counter), takes_codes, late, {}, split};
+  for (size_t k = 0; k < stages.size(); ++k) layout.stages[k] = interned(stages[k]);
   for (const auto& [name, scales, non_negative] : slots)
     layout.slots.push_back({PyUnicode_InternFromString(name.c_str()), PyUnicode_InternFromString(scales.c_str()), non_negative});
-  return layout;  // interned keys are kept for the life of the process: there are fifteen of them in all
+  return layout;  // interned keys are kept for the life of the process: there are some twenty of them in all
 }
 
 py::list to_list(const std::vector<PyObject*>& objects) {
@@ -111,10 +118,15 @@ using Programs = std::vector<std::pair<unsigned, std::vector<double>>>;  // flag
 // Returns what ran, as told by the code that did it: the instruction set is the name compiled into the kernels' own object file, and the
 // number of threads is OpenMP's own; 0 if there was nothing to do for it.
 std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, const Programs& programs, const std::string& isa_name,
-                                int max_threads, bool on_device) {
+                                int max_threads, bool on_device, const Programs& stages) {
   const RuleInfo& rule = find_rule(rule_name);
   const Isa& isa = find_isa(isa_name);
-  if (programs.size() != batch.cohorts.size()) throw py::value_error("one program per cohort is needed");
+  if (programs.size() != batch.cohorts.size() || (!stages.empty() && stages.size() != programs.size()))
+    throw py::value_error("one program per cohort is needed");
+  for (const auto& [flags, scalars] : stages)
+    if (flags >= stage::kFlagCombinations || (flags != 0 && scalars.size() != stage::kScalars))
+      throw py::value_error("stages take " + std::to_string(stage::kScalars) + " scalars and flags below " +
+                            std::to_string(stage::kFlagCombinations));
   std::vector<Task> tasks;
   tasks.reserve(batch.entries.size());
   for (const Entry& entry : batch.entries) {
@@ -123,12 +135,16 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
     if (flags >= rule.flag_combinations || scalars.size() != rule.scalars)
       throw py::value_error("rule " + rule_name + " takes " + std::to_string(rule.scalars) + " scalars and flags below " +
                             std::to_string(rule.flag_combinations));
-    const Format format = batch.kernel_format(entry);
+    const auto* const staged = stages.empty() ? nullptr : &stages[static_cast<size_t>(entry.cohort)];
+    const unsigned stage_flags = staged ? staged->first & entry.stages : 0;
+    const Format format = batch.kernel_format(entry, stage_flags);
     const KernelsByFormat& kernels = (isa.kernels->*rule.kernels)[flags];
     const Kernel kernel = (entry.block_size > 0 ? kernels.blocks : kernels.at)[static_cast<int>(format)];
     const CodecsByFormat* const codecs = &isa.kernels->codecs[static_cast<int>(entry.precision)];
     const Walk* const walk = entry.walk < 0 ? nullptr : &batch.walks[static_cast<size_t>(entry.walk)];
-    tasks.push_back({kernel, format, scalars.data(), codecs, batch.operand_count(), entry.operands, walk, entry.count, entry.block_size});
+    tasks.push_back({kernel, format, scalars.data(), codecs, entry.operands, walk, entry.count, entry.block_size,
+                     &isa.kernels->stages[static_cast<int>(entry.precision)], stage_flags, staged ? staged->second.data() : nullptr,
+                     entry.number});
   }
   int threads = 0;
   {
@@ -137,6 +153,12 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
     batch.count_steps(on_device);
   }
   return {isa.kernels->isa, threads};
+}
+
+double gradient_norm_of(const Batch& batch, const std::string& isa_name, bool largest, int max_threads) {
+  const Isa& isa = find_isa(isa_name);
+  const py::gil_scoped_release release;
+  return gradient_norm(batch, isa, largest, max_threads);
 }
 
 }  // namespace
@@ -159,20 +181,26 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("compiler") = __VERSION__;
 
   py::class_<Batch>(m, "Batch")
-      .def(py::init([](const std::vector<SlotNames>& slots, const std::string& counter, bool takes_codes) {
-             return std::make_unique<Batch>(reader(), make_layout(slots, counter, takes_codes));
+      .def(py::init([](const std::vector<SlotNames>& slots, const std::string& counter, bool takes_codes, bool late,
+                       const std::vector<std::string>& stages, bool split) {
+             return std::make_unique<Batch>(reader(), make_layout(slots, counter, takes_codes, late, stages, split));
            }),
-           py::arg("slots"), py::arg("counter"), py::arg("takes_codes"))
+           py::arg("slots"), py::arg("counter"), py::arg("takes_codes"), py::arg("late") = false,
+           py::arg("stages") = std::vector<std::string>(), py::arg("split") = false)
       .def(
           "gather",
-          [](Batch& self, const py::list& params, const py::dict& state, bool assume_grad, int cpu, int gpu) {
-            return self.gather(params.ptr(), state.ptr(), assume_grad, {static_cast<Server>(cpu), static_cast<Server>(gpu)});
+          [](Batch& self, const py::list& params, const py::dict& state, bool assume_grad, int cpu, int gpu, int64_t first_number) {
+            return self.gather(params.ptr(), state.ptr(), assume_grad, {static_cast<Server>(cpu), static_cast<Server>(gpu)}, first_number);
           },
           py::arg("params"), py::arg("state"), py::arg("assume_grad") = false, py::arg("cpu") = static_cast<int>(Server::kKernels),
-          py::arg("gpu") = static_cast<int>(Server::kNobody))
-      .def("adopt", [](Batch& self, size_t i, const py::dict& state) { self.adopt(i, state.ptr()); })
+          py::arg("gpu") = static_cast<int>(Server::kNobody), py::arg("first_number") = 0)
+      .def(
+          "adopt", [](Batch& self, size_t i, const py::dict& state, bool fresh) { self.adopt(i, state.ptr(), fresh); }, py::arg("i"),
+          py::arg("state"), py::arg("fresh") = true)
       .def("clear", &Batch::clear)
-      .def("run", &run, py::arg("rule"), py::arg("programs"), py::arg("isa"), py::arg("max_threads"), py::arg("on_device") = false)
+      .def("run", &run, py::arg("rule"), py::arg("programs"), py::arg("isa"), py::arg("max_threads"), py::arg("on_device") = false,
+           py::arg("stages") = Programs())
+      .def("gradient_norm", &gradient_norm_of, py::arg("isa"), py::arg("largest"), py::arg("max_threads"))
       .def_property_readonly("table_indices", [](const Batch& self) { return self.table_indices; })
       .def_property_readonly("in_tables", [](const Batch& self) { return !self.table_indices.empty(); })
       .def_property_readonly("in_kernels", [](const Batch& self) { return self.indices.size() > self.table_indices.size(); })

@@ -10,15 +10,21 @@ constexpr int kParam = 0, kGrad = 1, kFirstState = 2;
 constexpr int kMaxStates = 3;
 constexpr int kMaxOperands = kFirstState + kMaxStates;
 
+// The operands of stages, which come after: each is there or not. A companion has what a weight's own 16 bits leave out.
+constexpr int kMask = kMaxOperands, kAnchor = kMask + 1, kAverage = kMask + 2, kCompanion = kMask + 3;
+constexpr int kStageOperands = 4;
+constexpr int kAllOperands = kMaxOperands + kStageOperands;
+
 // What a rule computes in: float or double.
 enum class Precision : uint8_t { kSingle, kDouble };
 constexpr int kPrecisions = 2;
 
-// How a value is stored by itself. The first two are the precisions themselves.
-enum class Format : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-constexpr int kFormats = 4;
-constexpr int kFormatBytes[kFormats] = {4, 8, 2, 2};
-constexpr const char* kFormatNames[kFormats] = {"float32", "float64", "bfloat16", "float16"};
+// How a value is stored by itself. The first two are the precisions themselves. The last two only stages use: there are codecs for them,
+// but no rule computes with them.
+enum class Format : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt16 };
+constexpr int kFormats = 4, kStoredFormats = 6;
+constexpr int kFormatBytes[kStoredFormats] = {4, 8, 2, 2, 1, 2};
+constexpr const char* kFormatNames[kStoredFormats] = {"float32", "float64", "bfloat16", "float16", "bool", "int16"};
 
 // 8-bit codes of blocks of values, each block with a scale. States have kMuLaw, or kUnsignedMuLaw if they are never negative (see
 // kernels/code8.h).
@@ -52,7 +58,48 @@ struct Codec {
 };
 
 struct CodecsByFormat {
-  Codec at[kFormats];
+  Codec at[kStoredFormats];
+};
+
+// What is done to numbers before and after a rule: see kernels/stages.h, and fused_opt/stages.py for the meaning of flags and scalars.
+namespace stage {
+enum Flag : unsigned {
+  kClamp = 1,
+  kSubgradient = 2,
+  kPull = 4,
+  kMasked = 8,
+  kShrink = 16,
+  kProximal = 32,
+  kAveraged = 64,
+  kStochastic = 128,
+  kKahan = 256,
+  kSplit = 512,
+  kMaster = 1024
+};
+constexpr unsigned kOfGradient = kClamp | kSubgradient | kPull | kMasked;
+constexpr unsigned kWithCompanion = kKahan | kSplit | kMaster;
+constexpr unsigned kFlagCombinations = 2048;
+enum Scalar { kFactor, kLimit, kL1, kAnchorDecay, kKeep, kThreshold, kAverageWeight, kSeed, kStep, kScalars };
+}  // namespace stage
+
+// Densely packed numbers of a precision, `count` of each operand; an operand that no stage needs may be null.
+struct Tile {
+  void* operands[kAllOperands];
+  int64_t count;
+  int64_t first;   // position of the first element in the tensors
+  int64_t number;  // of the parameter in its group
+  Format format;   // in which the parameter is stored
+};
+
+using Stages = void (*)(unsigned flags, const double* scalars, const Tile& tile);
+struct StagesByPrecision {
+  Stages before, after;
+};
+
+// Sums of squares and largest magnitudes, NaN if there is one, of numbers of a precision.
+struct Norms {
+  double (*sum_of_squares)(const void* real, int64_t count);
+  double (*largest)(const void* real, int64_t count);
 };
 
 // How the fraction of a code is rounded, in 2^-14 of the distance between two codes; see Offsets in kernels/code8.h.
@@ -79,7 +126,9 @@ struct KernelTable {
   const KernelsByFormat* adam;
   const KernelsByFormat* rmsprop;
   const KernelsByFormat* sgd;
-  const CodecsByFormat* codecs;  // indexed by precision
+  const CodecsByFormat* codecs;     // indexed by precision
+  const StagesByPrecision* stages;  // likewise
+  const Norms* norms;               // likewise
   const BlockCodecs* block_codecs;
 };
 

@@ -8,9 +8,9 @@ namespace {
 // Five operands of this size stay in a first-level cache of 32 KiB, beside what is read ahead into it.
 constexpr int64_t kScratchBytes = 4096;
 
-// With states in 8-bit codes whole blocks are updated, and only parameter and gradient pass through scratch memory.
+// With states in 8-bit codes whole blocks are updated.
 constexpr int64_t kBlockScratchBytes = kMaxBlock * sizeof(float);
-constexpr int64_t kAllScratchBytes = std::max(kMaxOperands * kScratchBytes, kFirstState* kBlockScratchBytes);
+constexpr int64_t kAllScratchBytes = kAllOperands * kBlockScratchBytes;
 
 char* at(const Operand& operand, int64_t element) {
   const int64_t bytes = operand.scales ? 1 : kFormatBytes[static_cast<int>(operand.format)];
@@ -19,24 +19,22 @@ char* at(const Operand& operand, int64_t element) {
 
 }  // namespace
 
-// Operands that lie in memory as the kernel takes them are updated in place, in one call if all do. Others pass through scratch memory, a
-// block at a time: decode, rule, encode, in one pass over memory.
+// Operands that lie in memory as the kernel takes them are updated in place, in one call if all do and there are no stages. Others pass
+// through scratch memory, a tile at a time: decode, stages, rule, stages, encode, in one pass over memory.
 void Task::run(int64_t begin, int64_t end) const {
-  bool in_place[kMaxOperands];
-  bool all_in_place = true;
-  for (int k = 0; k < operand_count; ++k) {
-    in_place[k] = operands[k].scales || (operands[k].format == format && (!walk || walk->dense(k)));
+  bool in_place[kAllOperands];
+  bool all_in_place = stage_flags == 0;
+  for (int k = 0; k < kAllOperands; ++k) {
+    in_place[k] = !operands[k].data || operands[k].scales || (operands[k].format == format && (!walk || walk->dense(k)));
+    if (k == kGrad && (stage_flags & stage::kOfGradient)) in_place[k] = false;  // it is only read
     all_in_place &= in_place[k];
   }
   alignas(64) char scratch[kAllScratchBytes];
   const int64_t real_bytes = kFormatBytes[static_cast<int>(format)];
   const int64_t scratch_bytes = block_size > 0 ? std::max(kScratchBytes, block_size * real_bytes) : kScratchBytes;
-  const int64_t block = all_in_place ? end - begin : scratch_bytes / real_bytes;
-  for (int64_t from = begin; from < end; from += block) {
-    Run run = {};
-    run.count = std::min(block, end - from);
-    run.first = from;
-    run.block_size = block_size;
+  const int64_t size = all_in_place ? end - begin : scratch_bytes / real_bytes;
+  for (int64_t from = begin; from < end; from += size) {
+    Tile tile = {{}, std::min(size, end - from), from, number, operands[kParam].format};
     // f(codec, memory, stride, scratch, count) for each row of an operand that is not in place
     const auto transfer = [&](int k, auto f) {
       if (in_place[k]) return;
@@ -46,18 +44,26 @@ void Task::run(int64_t begin, int64_t end) const {
         f(codec, at(operands[k], offset), stride, real, length);
         real += length * real_bytes;
       };
-      walk ? walk->rows(k, from, run.count, row) : row(from, 1, run.count);
+      walk ? walk->rows(k, from, tile.count, row) : row(from, 1, tile.count);
     };
-    for (int k = 0; k < operand_count; ++k) {
-      run.operands[k] = in_place[k] ? at(operands[k], from) : scratch + k * scratch_bytes;
-      if (k >= kFirstState) run.scales[k - kFirstState] = operands[k].scales;
+    Run run = {};
+    run.count = tile.count;
+    run.first = from;
+    run.block_size = block_size;
+    for (int k = 0; k < kAllOperands; ++k) {
+      if (!operands[k].data) continue;
+      tile.operands[k] = in_place[k] ? at(operands[k], from) : scratch + k * scratch_bytes;
+      if (k < kMaxOperands) run.operands[k] = tile.operands[k];
+      if (operands[k].scales) run.scales[k - kFirstState] = operands[k].scales;
       transfer(k, [](const Codec& codec, void* stored, int64_t stride, void* real, int64_t count) {
         codec.decode(stored, stride, real, count);
       });
     }
+    if (stage_flags) stages->before(stage_flags, stage_scalars, tile);
     kernel(scalars, run);
-    for (int k = 0; k < operand_count; ++k)
-      if (k != kGrad)
+    if (stage_flags) stages->after(stage_flags, stage_scalars, tile);
+    for (int k = 0; k < kAllOperands; ++k)
+      if (k != kGrad && k != kMask && k != kAnchor)
         transfer(k, [](const Codec& codec, void* stored, int64_t stride, void* real, int64_t count) {
           codec.encode(real, stored, stride, count);
         });

@@ -19,11 +19,14 @@ struct Task {
   Format format;  // the kernel's; its precision's own if the operands' formats differ or there is a walk
   const double* scalars;
   const CodecsByFormat* codecs;  // of the precision
-  int operand_count;
-  const Operand* operands;  // parameter, gradient, states
-  const Walk* walk;         // null if all operands are densely packed in the same order
-  int64_t count;            // real numbers in each operand
-  int64_t block_size;       // of states in 8-bit codes: then the kernel is one for them; else 0
+  const Operand* operands;       // kAllOperands; those without data are not there
+  const Walk* walk;              // null if all operands are densely packed in the same order
+  int64_t count;                 // real numbers in each operand
+  int64_t block_size;            // of states in 8-bit codes: then the kernel is one for them; else 0
+  const StagesByPrecision* stages;
+  unsigned stage_flags;  // 0: there are no stages
+  const double* stage_scalars;
+  int64_t number;  // of the parameter in its group
 
   // Updates the elements [begin, end) of the walk; `begin` is the start of a block.
   void run(int64_t begin, int64_t end) const;

@@ -26,7 +26,7 @@ struct TensorInfo {
   const int64_t* strides = nullptr;  // in elements
   int32_t ndim = 0;
   Device device;
-  char kind = '?';  // 'f' IEEE float, 'b' bfloat16, 'c' complex, 'i' signed integer, 'u' unsigned integer, '?' any other
+  char kind = '?';  // 'f' IEEE float, 'b' bfloat16, 'c' complex, 'i' signed integer, 'u' unsigned integer, 't' truth, '?' any other
   uint8_t bits = 0;
   std::vector<int64_t> owned_dims;  // backs shape and strides where torch cannot lend them (before 2.10)
 
@@ -39,7 +39,7 @@ bool same_strides(const TensorInfo& a, const TensorInfo& b);
 // No gaps and no overlaps: numel() consecutive elements, in whatever order of dimensions.
 bool is_dense(const TensorInfo& t);
 
-// Whether the format is one that codecs read, and which; complex numbers are pairs of reals.
+// Whether the format is one that rules compute with, and which; complex numbers are pairs of reals.
 bool find_format(const TensorInfo& t, Format& format);
 // Whether the elements are bytes.
 bool is_codes(const TensorInfo& t);

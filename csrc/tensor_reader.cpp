@@ -42,7 +42,7 @@ struct DLPackExchangeAPI {
 bool has_memory(const TensorInfo& t) { return t.data != nullptr || t.numel() == 0; }
 
 constexpr uint32_t kDLPackMajor = 1;
-enum { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
+enum { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5, kDLBool = 6 };
 
 }  // namespace
 
@@ -117,6 +117,7 @@ bool TensorReader::read(PyObject* tensor, TensorInfo& out) const {
              : t.dtype_code == kDLComplex ? 'c'
              : t.dtype_code == kDLInt     ? 'i'
              : t.dtype_code == kDLUInt    ? 'u'
+             : t.dtype_code == kDLBool    ? 't'
                                           : '?';
   out.bits = t.dtype_bits;
   return has_memory(out);
@@ -130,7 +131,13 @@ bool TensorReader::read_by_methods(PyObject* object, TensorInfo& out) const {
     const bool is_float = dtype == "torch.float32" || dtype == "torch.float64" || dtype == "torch.float16";
     const bool is_complex = tensor.attr("is_complex")().cast<bool>();
     const bool is_int = dtype.rfind("torch.int", 0) == 0;
-    out.kind = is_float ? 'f' : is_complex ? 'c' : dtype == "torch.bfloat16" ? 'b' : is_int ? 'i' : dtype == "torch.uint8" ? 'u' : '?';
+    out.kind = is_float                    ? 'f'
+               : is_complex                ? 'c'
+               : dtype == "torch.bfloat16" ? 'b'
+               : is_int                    ? 'i'
+               : dtype == "torch.uint8"    ? 'u'
+               : dtype == "torch.bool"     ? 't'
+                                           : '?';
     out.bits = static_cast<uint8_t>(8 * tensor.attr("element_size")().cast<int>());
     const auto device = tensor.attr("device").attr("type").cast<std::string>();
     out.device.type = device == "cpu" ? Device::kCpu : device == "cuda" ? Device::kCuda : 0;  // ROCm's name in torch is cuda, too

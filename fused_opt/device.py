@@ -17,6 +17,7 @@ import torch
 
 from fused_opt.native import native
 from fused_opt.rules import Group, Program, Rule
+from fused_opt.stages import StageProgram
 
 if TYPE_CHECKING:
     from fused_opt import _cpu
@@ -32,6 +33,7 @@ class Share(NamedTuple):
     group: Group
     batch: _cpu.Batch
     programs: Sequence[Program]  # one for each cohort
+    stages: Sequence[StageProgram] = ()  # likewise, or none
 
 
 class Scaler(NamedTuple):

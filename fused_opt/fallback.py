@@ -10,6 +10,8 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from fused_opt.native import native
+from fused_opt.plain_stages import Staged
+from fused_opt.stages import LOW_PRECISION, OF_WEIGHTS, has_stages, shrinks, stage_flags
 from fused_opt.states import asked_for, format_asked_for, is_codes
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 # What torch wraps around the step of an optimizer class: hooks and the profiler's range.
 _HOOKS_CODE = Optimizer.profile_hook_step(Optimizer.step).__code__
+
+_NO_STAGES = "for which clipping by value, regularisation, masks and averages cannot be had; put it in a group without, or use sparse=False"
 
 
 def check(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
@@ -44,7 +48,14 @@ def check(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
                     raise RuntimeError(
                         f"state_dtype={asked} cannot be had for {where}, which torch steps: {reason}; put it in a group without"
                     )
+            flags = stage_flags(group.group) if has_stages(group.group) else 0
+            if flags & OF_WEIGHTS and param.dtype in LOW_PRECISION:
+                raise RuntimeError(
+                    f"weights={group.group['weights']!r} cannot be had for {where}, which torch steps: {reason}; put it in a group without"
+                )
             if param.grad is not None and param.grad.layout != torch.strided:
+                if flags:
+                    raise RuntimeError(f"{where} has a gradient of layout {param.grad.layout}, {_NO_STAGES}")
                 _check_sparse(optimizer, group.group, param, f"{where} has a gradient of layout {param.grad.layout}")
 
 
@@ -62,21 +73,27 @@ def _check_sparse(optimizer: FusedStep, group: Group, param: torch.Tensor, what:
         )
 
 
-def step(optimizer: FusedStep, groups: list[GroupPlan], grad_scale: torch.Tensor | None) -> None:
+def step(optimizer: FusedStep, groups: list[GroupPlan], grad_scale: torch.Tensor | None, factor: float) -> None:
     """Let torch step the parameters that the native code declined. If that fails, they and their states are as before.
 
     Without the extension (and with FUSED_OPT_BACKEND=torch) it is torch's step, as if this were torch's class: nothing is put back.
+    Gradients are divided by `grad_scale` and multiplied with `factor`.
     """
     torch_step: Any = optimizer._torch_class.step
     while torch_step.__code__ is _HOOKS_CODE:  # hooks and profiling have been entered already, by our own step
         torch_step = torch_step.__wrapped__
-    if native().module is None:
+    staged = factor != 1 or any(has_stages(group.group) for group in groups)
+    if native().module is None and not staged:
         torch_step(optimizer)
         return
     params = [group.group["params"][index] for group in groups for index, _ in group.declined]
-    with _undone_on_failure(optimizer, params), _unscaled_gradients(params, grad_scale):
+    with (
+        _undone_on_failure(optimizer, params),
+        _own_gradients(params, grad_scale),
+        _staged(optimizer, groups, factor) if staged else contextlib.nullcontext(),
+    ):
         parts = [[share for group in groups for share in _shares(group, sparse)] for sparse in (False, True)]
-        if all(group.batch is None for group in groups) and not all(parts):
+        if all(group.batch is None for group in groups) and not all(parts) and not any(shrinks(group.group) for group in groups):
             torch_step(optimizer)
             return
         for shares in parts:  # sparse ones last: they are not put back, but they have been checked
@@ -93,7 +110,7 @@ def unscale(params: list[torch.Tensor], grad_scale: torch.Tensor) -> None:
         grad = param.grad
         if grad is None:
             continue
-        if not _writable(grad):
+        if not writable(grad):
             param.grad = grad.div(grad_scale.to(grad.device))
         else:
             grads[(grad.data_ptr(), grad.shape, grad.stride()) if grad.layout == torch.strided else id(grad)] = grad
@@ -101,7 +118,7 @@ def unscale(params: list[torch.Tensor], grad_scale: torch.Tensor) -> None:
         grad.div_(grad_scale.to(grad.device))
 
 
-def _writable(tensor: torch.Tensor) -> bool:
+def writable(tensor: torch.Tensor) -> bool:
     """Whether torch writes in place, to each element once."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False
@@ -116,20 +133,36 @@ def _writable(tensor: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _unscaled_gradients(params: list[torch.Tensor], grad_scale: torch.Tensor | None) -> Iterator[None]:
-    """Within this context the parameters have unscaled copies of their gradients."""
-    if grad_scale is None:
-        yield
-        return
+def _own_gradients(params: list[torch.Tensor], grad_scale: torch.Tensor | None) -> Iterator[None]:
+    """Within this context the parameters may have other gradients: unscaled copies, if there is a scale."""
     grads = [(param, param.grad) for param in params if param.grad is not None]
     try:
-        with torch.no_grad():
-            for param, grad in grads:
-                param.grad = grad.div(grad_scale.to(grad.device))
+        if grad_scale is not None:
+            with torch.no_grad():
+                for param, grad in grads:
+                    param.grad = grad.div(grad_scale.to(grad.device))
         yield
     finally:
         for param, grad in grads:
             param.grad = grad
+
+
+@contextlib.contextmanager
+def _staged(optimizer: FusedStep, groups: list[GroupPlan], factor: float) -> Iterator[None]:
+    """What stages do before and after the step in this context."""
+    with torch.no_grad():
+        staged = []
+        for plan in groups:
+            for index, _ in plan.declined:
+                param = plan.group["params"][index]
+                if param.grad is not None:
+                    of_param = Staged(optimizer._rule, plan.group, plan.number, index, optimizer.state[param], factor)
+                    param.grad = of_param.before(param.grad)
+                    staged.append(of_param)
+    yield
+    with torch.no_grad():
+        for of_param in staged:
+            of_param.after()
 
 
 @contextlib.contextmanager
@@ -141,7 +174,7 @@ def _undone_on_failure(optimizer: FusedStep, params: list[torch.Tensor]) -> Iter
         for param in params
         if param.device.type == "cpu" and (param.grad is None or param.grad.layout == torch.strided)
         for value in (param, *states.get(param, {}).values())
-        if isinstance(value, torch.Tensor) and _writable(value)  # torch does not write to others
+        if isinstance(value, torch.Tensor) and writable(value)  # torch does not write to others
     ]
     try:
         yield
@@ -178,8 +211,9 @@ def _shares(plan: GroupPlan, sparse: bool) -> Iterator[Group]:
     params = [p for p in params if (p.grad is not None and p.grad.layout != torch.strided) == sparse]
     on_cpu = [p for p in params if p.device.type == "cpu"]
     elsewhere = [p for p in params if p.device.type != "cpu"]
+    group = {**plan.group, "weight_decay": 0} if shrinks(plan.group) else plan.group
     if on_cpu:
         # torch's fused CPU kernels misread strides and lose 16-bit updates (pytorch 191763): the for-loop is the one to trust.
-        yield {**plan.group, "params": on_cpu, **{option: False for option in ("foreach", "fused") if option in plan.group}}
+        yield {**group, "params": on_cpu, **{option: False for option in ("foreach", "fused") if option in group}}
     if elsewhere:
-        yield {**plan.group, "params": elsewhere}
+        yield {**group, "params": elsewhere}

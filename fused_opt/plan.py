@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.graph import increment_version
 
-from fused_opt import fallback
+from fused_opt import clipping, fallback
 from fused_opt.device import DeviceStep, Scaler, Share, computes_scalars
 from fused_opt.native import CPU_KERNELS, DEVICE_KERNELS, NOBODY, Native, gpu_server, interprets, native, triton_problem
 from fused_opt.rules import NON_NEGATIVE, Group, Program, Rule
-from fused_opt.states import State, check_gradient_dtype, check_storage_options, format_of_new_states, new_state, scale_name
+from fused_opt.stages import (
+    COMPANIONS,
+    OF_GRADIENT,
+    StageProgram,
+    check_parameter,
+    check_stage_options,
+    counter_of,
+    has_stages,
+    stage_flags,
+    stage_scalars_of,
+    stage_states,
+)
+from fused_opt.states import State, check_gradient_dtype, check_storage_options, format_of_new_states, is_fresh, new_state, scale_name
 
 if TYPE_CHECKING:
     from fused_opt import _cpu
@@ -27,11 +39,18 @@ class Ran(NamedTuple):
     threads: int
 
 
+class Programs(NamedTuple):
+    """What is computed in a step, for each cohort of a batch."""
+
+    rule: Sequence[Program] = ()
+    stages: Sequence[StageProgram] = ()  # none if the group has no stages
+
+
 @dataclass(slots=True)
 class Kept:
     """What a step has allocated and verified, for the next one to use. An attribute of the optimizer that torch leaves out of copies."""
 
-    batches: dict[tuple[int, tuple[str, ...]], _cpu.Batch] = field(default_factory=dict)  # by group index and states
+    batches: dict[tuple[int, tuple[str, ...]], _cpu.Batch] = field(default_factory=dict)  # by group index and names of states
     sharing: _cpu.Sharing | None = None
     device: DeviceStep | None = None
 
@@ -41,10 +60,11 @@ class GroupPlan:
     """A param group's part of the step: what the native code takes (`batch`), and what it does not."""
 
     group: Group
-    slots: tuple[str, ...]
+    number: int
+    names: tuple[str, ...]  # of states
     batch: _cpu.Batch | None  # None if nothing of this group is native
-    missing: Sequence[int]  # of the batch: index in group["params"] of those that have no states yet
-    programs: Sequence[Program]  # one for each cohort of the batch
+    missing: Sequence[int]  # of the batch: index in group["params"] of those that have no states yet, or not all
+    programs: Programs
     declined: Sequence[tuple[int, str]]  # index in group["params"], reason
     in_tables: bool = False  # whether kernels on a device take some of the batch
 
@@ -74,6 +94,10 @@ class Plan:
         declines = any(group.declined for group in self.groups)
         if declines:
             fallback.check(optimizer, self.groups)
+        clip = clipping.measure(optimizer, self.groups, self.backend, scaler)
+        if clip.skips:
+            return
+        factor = clip.factor * self._unscaling(scaler)
         new_states = new_states or [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
         if native_groups and self.kept.sharing is None:
             self.kept.sharing = self.backend.module.Sharing()
@@ -85,22 +109,23 @@ class Plan:
         try:
             if not in_order:
                 for (group, batch), states in zip(native_groups, new_states, strict=True):
-                    self._adopt(group.group["params"], batch, states)
-                    programs = _programs(optimizer._rule, group.group, batch, group.in_tables) if states else group.programs
-                    shares.append(Share(group.group, batch, programs))
+                    self._adopt(group.group, batch, states)
+                    changed = states or factor != 1
+                    programs = self._programs(group, batch, group.in_tables, factor) if changed else group.programs
+                    shares.append(Share(group.group, batch, *programs))
                 unscales = scaler is not None and _gradients_of_their_own(shares)
                 on_device = in_tables and self._prepare(shares, scaler, unscales)
             if declines:
-                fallback.step(optimizer, self.groups, scaler and scaler.grad_scale)
+                fallback.step(optimizer, self.groups, scaler and scaler.grad_scale, clip.factor)
         except BaseException:
             for (group, _), states in zip(native_groups, new_states, strict=True):
                 self._forget(group, states)
             raise
         if in_order:
             for (group, _), states in zip(native_groups, new_states, strict=True):
-                self._run_in_order(group, dict(zip(group.missing, states, strict=True)), scaler)
+                self._run_in_order(group, dict(zip(group.missing, states, strict=True)), scaler, factor)
         else:
-            self._run(shares, in_tables, on_device, scaler)
+            self._run(shares, in_tables, on_device)
         if scaler is not None and scaler.grad_scale is not None:  # torch's fused kernels leave unscaled gradients behind, too
             done = {id(share.group["params"][i]) for share in shares for i in share.batch.table_indices} if unscales else set()
             params = [param for group in optimizer.param_groups for param in group["params"] if id(param) not in done]
@@ -113,7 +138,7 @@ class Plan:
         for index, group in enumerate(self.groups):
             if group.batch is not None:
                 group.batch.clear()
-                kept.batches[index, group.slots] = group.batch
+                kept.batches[index, group.names] = group.batch
         self.optimizer._kept = kept
 
     def _waits_for_scaler(self) -> bool:
@@ -128,7 +153,7 @@ class Plan:
             if batch.in_kernels or (group.missing and not self.optimizer._rule.zero_states):
                 return True
             on_cpu = group.group["params"][batch.indices[0]].device.type == "cpu"
-            if self.optimizer._rule.counter and not on_cpu and any(step >= 0 for step, _ in batch.cohorts):
+            if counter_of(self.optimizer._rule, group.group) and not on_cpu and any(step >= 0 for step, _ in batch.cohorts):
                 return True
         return False
 
@@ -141,22 +166,25 @@ class Plan:
         self.kept.device.prepare(self.optimizer._rule, shares, on_device, scaler, unscales)
         return on_device
 
-    def _run(self, shares: Sequence[Share], in_tables: bool, on_device: bool, scaler: Scaler | None) -> None:
+    def _unscaling(self, scaler: Scaler | None) -> float:
+        if scaler is None or scaler.grad_scale is None or not any(group.batch is not None and group.batch.in_kernels for group in self.groups):
+            return 1.0
+        return 1 / float(scaler.grad_scale)
+
+    def _programs(self, group: GroupPlan, batch: _cpu.Batch, in_tables: bool, factor: float) -> Programs:
+        return _programs(self.optimizer._rule, group.group, group.number, batch, in_tables, factor)
+
+    def _run(self, shares: Sequence[Share], in_tables: bool, on_device: bool) -> None:
         if in_tables and self.kept.device is not None:
             self.kept.device.run()
             self.optimizer._last_launched = self.kept.device.ran
-        factor = 1.0
-        if scaler is not None and scaler.grad_scale is not None and any(share.batch.in_kernels for share in shares):
-            factor = 1 / float(scaler.grad_scale)
-        for group, batch, programs in shares:
+        for _, batch, programs, stages in shares:
             increment_version(batch.written)  # for autograd, whose checks do not see our writes
-            if factor != 1 and batch.in_kernels:
-                programs = _programs(self.optimizer._rule, group, batch, in_tables, factor)
-            isa, threads = batch.run(self.optimizer._rule.name, programs, self.backend.isa, torch.get_num_threads(), on_device)
+            isa, threads = batch.run(self.optimizer._rule.name, programs, self.backend.isa, torch.get_num_threads(), on_device, stages)
             if threads:
                 self.optimizer._last_ran = Ran(isa, threads)
 
-    def _run_in_order(self, plan: GroupPlan, new_states: dict[int, State], scaler: Scaler | None) -> None:
+    def _run_in_order(self, plan: GroupPlan, new_states: dict[int, State], scaler: Scaler | None, factor: float) -> None:
         """A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop."""
         rule, state, group, batch = self.optimizer._rule, self.optimizer.state, plan.group, plan.batch
         assert batch is not None
@@ -168,18 +196,19 @@ class Plan:
             if i in stateless and not rule.zero_states:  # torch decides which buffers are new before the first update
                 for slot in rule.slots(group):
                     state[params[i]].pop(slot, None)
-            _, in_tables = _gather(batch, [params[i]], self.optimizer, group, gpu)
-            self._adopt([params[i]], batch, [new_states[i]] if batch.missing else [])
-            shares = [Share(group, batch, _programs(rule, group, batch, in_tables))]
+            _, in_tables = _gather(batch, [params[i]], self.optimizer, group, gpu, first=i)
+            self._adopt({**group, "params": [params[i]]}, batch, [new_states[i]] if batch.missing else [])
+            shares = [Share(group, batch, *self._programs(plan, batch, in_tables, factor))]
             on_device = in_tables and self._prepare(shares, scaler, unscales=False)
-            self._run(shares, in_tables, on_device, scaler)
+            self._run(shares, in_tables, on_device)
 
-    def _adopt(self, params: Sequence[torch.Tensor], batch: _cpu.Batch, new_states: Sequence[State]) -> None:
+    def _adopt(self, group: Group, batch: _cpu.Batch, new_states: Sequence[State]) -> None:
         if new_states:
             for n, (i, states) in enumerate(zip(batch.missing, new_states, strict=True)):
-                state = self.optimizer.state[params[i]]
+                state = self.optimizer.state[group["params"][i]]
+                fresh = is_fresh(self.optimizer._rule, group, state)
                 state.update(states)
-                batch.adopt(n, state)
+                batch.adopt(n, state, fresh)
 
     def _forget(self, group: GroupPlan, new_states: Sequence[State]) -> None:
         """Take new states out again."""
@@ -192,7 +221,8 @@ class Plan:
                     del self.optimizer.state[param]
 
     def _new_states(self, group: Group, missing: Sequence[int]) -> list[State]:
-        return [new_state(self.optimizer._rule, group, i) for i in missing]
+        state: dict[torch.Tensor, Any] = self.optimizer.state
+        return [new_state(self.optimizer._rule, group, i, state.get(group["params"][i], {})) for i in missing]
 
 
 def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
@@ -205,6 +235,7 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
     kept = optimizer.__dict__.pop("_kept", None) or Kept()
     gpu = gpu_server()
     groups = [_plan_group(optimizer, backend, gpu, kept, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
+    clipping.check(optimizer)
     if backend.forced:
         for i, group in enumerate(groups):
             for index, reason in group.declined:
@@ -216,20 +247,31 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
 
 
 def _plan_group(optimizer: FusedStep, backend: Native, gpu: int, kept: Kept, index: int, group: Group, assume_grad: bool) -> GroupPlan:
-    params = group["params"]
+    params, number = group["params"], optimizer._place[0] + index
     reason = _why_not_native(backend, group, gpu)
     if reason:
         with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
-        return GroupPlan(group, (), None, (), (), [(i, reason) for i in with_grad])
+        return GroupPlan(group, number, (), None, (), Programs(), [(i, reason) for i in with_grad])
     check_storage_options(group)
+    check_stage_options(group)
     rule = optimizer._rule
-    slots = rule.slots(group)
-    batch: _cpu.Batch = kept.batches.get((index, slots)) or backend.module.Batch(
-        [(slot, scale_name(slot), slot in NON_NEGATIVE) for slot in slots], rule.counter, rule.takes_codes(group)
+    slots, staged = rule.slots(group), has_stages(group)
+    counter, stages = (counter_of(rule, group), stage_states(group)) if staged else (rule.counter, ())
+    names = (*slots, counter, *stages)
+    batch: _cpu.Batch = kept.batches.get((index, names)) or backend.module.Batch(
+        [(slot, scale_name(slot), slot in NON_NEGATIVE) for slot in slots],
+        counter,
+        rule.takes_codes(group),
+        not rule.counter,
+        stages,
+        COMPANIONS["split"] in stages,
     )
     missing: Sequence[int] = ()
     declined: Sequence[tuple[int, str]] = ()
-    unusual, in_tables = _gather(batch, params if type(params) is list else list(params), optimizer, group, gpu, assume_grad)
+    in_list = params if type(params) is list else list(params)
+    unusual, in_tables = _gather(batch, in_list, optimizer, group, gpu, assume_grad, optimizer._place[1])
+    for i in range(len(params)) if staged else ():
+        check_parameter(group, i)
     if unusual:
         missing = batch.missing
         declined = [(i, _explained(reason, group)) for i, reason in batch.declined]
@@ -247,25 +289,25 @@ def _plan_group(optimizer: FusedStep, backend: Native, gpu: int, kept: Kept, ind
                     "there compute in float32; leave it out, or use float32, bfloat16, float16 or 'int8'"
                 )
     try:
-        programs = _programs(rule, group, batch, in_tables)
+        programs = _programs(rule, group, number, batch, in_tables, 1.0)
         if missing and batch.in_kernels:  # compute theirs too, to fail before anything is written
             rule.program(group, 1.0, True)
     except (TypeError, ValueError) as error:
         options = {name: value for name, value in group.items() if name != "params"}
         raise type(error)(f"param group {index} has an option of a value that cannot be used: {error}; its options are {options}") from None
-    return GroupPlan(group, slots, None if declined and not batch.indices else batch, missing, programs, declined, in_tables)
+    return GroupPlan(group, number, names, None if declined and not batch.indices else batch, missing, programs, declined, in_tables)
 
 
 def _gather(
-    batch: _cpu.Batch, params: list[torch.Tensor], optimizer: FusedStep, group: Group, gpu: int, assume_grad: bool = False
+    batch: _cpu.Batch, params: list[torch.Tensor], optimizer: FusedStep, group: Group, gpu: int, assume_grad: bool = False, first: int = 0
 ) -> tuple[bool, bool]:
     """As Batch.gather, for whoever serves the devices of this process. Also returns whether kernels on a device take some."""
     cpu = _cpu_server(group)
-    unusual = batch.gather(params, optimizer.state, assume_grad, cpu, gpu)
+    unusual = batch.gather(params, optimizer.state, assume_grad, cpu, gpu, first)
     if DEVICE_KERNELS not in (cpu, gpu):
         return unusual, False
     if batch.in_tables and triton_problem():
-        unusual = batch.gather(params, optimizer.state, assume_grad, cpu, NOBODY)
+        unusual = batch.gather(params, optimizer.state, assume_grad, cpu, NOBODY, first)
     return unusual, batch.in_tables
 
 
@@ -297,13 +339,22 @@ def _explained(reason: str, group: Group) -> str:
     return reason
 
 
-def _programs(rule: Rule, group: Group, batch: _cpu.Batch, in_tables: bool, factor: float = 1.0) -> list[Program]:
+def _programs(rule: Rule, group: Group, number: int, batch: _cpu.Batch, in_tables: bool, factor: float) -> Programs:
     """Where all scalars are computed on a device, those here are none."""
     elsewhere = in_tables and not batch.in_kernels and computes_scalars(group, batch)
-    return [
+    programs = [
         (rule.flags(group, fresh), ()) if elsewhere or step < 0 else rule.program(group, step + 1, fresh, factor)
         for step, fresh in batch.cohorts
     ]
+    if not has_stages(group):
+        return Programs(programs)
+    flags = stage_flags(group)
+    stages: list[StageProgram] = []
+    for i, ((step, _), (rule_flags, scalars)) in enumerate(zip(batch.cohorts, programs, strict=True)):
+        stages.append((flags, stage_scalars_of(group, number, step + 1, scalars[0]) if scalars else ()))
+        if flags & OF_GRADIENT and scalars:  # the factor is a stage's
+            programs[i] = rule_flags, (1.0, *scalars[1:])
+    return Programs(programs, stages)
 
 
 def _check_capture(optimizer: FusedStep) -> None:

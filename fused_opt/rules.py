@@ -76,8 +76,9 @@ class Rule:
         return self.flags(group, fresh), scalars
 
 
+# torch's Adam has the option since 2.7, and in AdamW it cannot be switched off; in RMSprop and SGD it is this package's.
 def _decays(group: Group) -> bool:
-    return float(group["weight_decay"]) != 0
+    return float(group["weight_decay"]) != 0 and not group.get("decoupled_weight_decay", False)
 
 
 def _never(group: Group) -> bool:
@@ -88,17 +89,12 @@ def _adam_slots(group: Group) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
 
-def _adam_l2(group: Group) -> bool:
-    # torch before 2.7 has no such option, and in AdamW it cannot be switched off.
-    return _decays(group) and not group.get("decoupled_weight_decay", False)
-
-
 def _sign(group: Group) -> float:
     return -1.0 if group["maximize"] else 1.0
 
 
 def _adam_flags(group: Group, fresh: bool) -> int:
-    return AMSGRAD * bool(group["amsgrad"]) + ADAM_L2 * _adam_l2(group)
+    return AMSGRAD * bool(group["amsgrad"]) + ADAM_L2 * _decays(group)
 
 
 def _adamw_flags(group: Group, fresh: bool) -> int:
@@ -106,7 +102,7 @@ def _adamw_flags(group: Group, fresh: bool) -> int:
 
 
 def _adam_constants(group: Group) -> tuple[float, ...]:
-    return _any_adam_constants(group, _adam_l2(group))
+    return _any_adam_constants(group, _decays(group))
 
 
 def _adamw_constants(group: Group) -> tuple[float, ...]:
@@ -185,7 +181,7 @@ _ADAM_OPTIONS = ("eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight
 _RMSPROP_OPTIONS = ("alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
 _SGD_OPTIONS = ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
 
-ADAM = Rule("adam", "step", _ADAM_OPTIONS, _adam_slots, _adam_flags, _adam_constants, adam_scalars, l2=_adam_l2, lerps=_always)
+ADAM = Rule("adam", "step", _ADAM_OPTIONS, _adam_slots, _adam_flags, _adam_constants, adam_scalars, l2=_decays, lerps=_always)
 ADAMW = Rule("adam", "step", _ADAM_OPTIONS, _adam_slots, _adamw_flags, _adamw_constants, adam_scalars, l2=_never, lerps=_always)
 RMSPROP = Rule(
     "rmsprop",

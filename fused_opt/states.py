@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from fused_opt.quantization import check_block_size, scale_count
 from fused_opt.rules import NON_NEGATIVE, Group, Rule
+from fused_opt.stages import counter_of, new_stage_states
 
 State = dict[str, torch.Tensor]
 
@@ -163,19 +165,28 @@ def is_codes(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.int8, torch.uint8)
 
 
-def new_state(rule: Rule, group: Group, index: int) -> State:
-    """States as torch's own step creates them for a parameter's first gradient, but for their format (see `format_of_new_states`)."""
+def new_state(rule: Rule, group: Group, index: int, existing: Mapping[str, Any] = MappingProxyType({})) -> State:
+    """What `existing` lacks: states as torch's own step creates them for a parameter's first gradient, but for their format (see
+    `format_of_new_states`), and those of stages.
+    """
     param = group["params"][index]
     state = {}
-    if rule.counter:
+    counter = counter_of(rule, group)
+    if counter and counter not in existing:
         wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
         beside_param = group.get("capturable") or group.get("fused")  # where torch has it
         device = param.device if beside_param else torch.device("cpu")
-        state[rule.counter] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
-    made = format_of_new_states(rule, group, index)
-    for slot in rule.slots(group):
-        state.update(new_slot(slot, param, made, zeros=rule.zero_states))
-    return state
+        state[counter] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+    if is_fresh(rule, group, existing):
+        made = format_of_new_states(rule, group, index)
+        for slot in rule.slots(group):
+            state.update(new_slot(slot, param, made, zeros=rule.zero_states))
+    return state | new_stage_states(group, param, existing)
+
+
+def is_fresh(rule: Rule, group: Group, state: Mapping[str, Any]) -> bool:
+    """Whether the rule's own states are yet to be made."""
+    return rule.counter not in state if rule.counter else any(state.get(slot) is None for slot in rule.slots(group))
 
 
 def new_slot(slot: str, param: torch.Tensor, made: Format, zeros: bool = True) -> State:

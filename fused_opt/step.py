@@ -14,11 +14,14 @@ from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_opt import compiled
+from fused_opt.attached import set_anchors, set_masks
+from fused_opt.averages import average_weights
 from fused_opt.checkpoints import loading, saved
 from fused_opt.errors import completed
 from fused_opt.native import native
 from fused_opt.plan import Kept, Ran, plan
 from fused_opt.rules import Group, Rule
+from fused_opt.stages import GIVEN_OPTIONS, check_stage_options
 from fused_opt.states import STORAGE_OPTIONS, Format, asks_for_8bit, check_storage_options
 
 if TYPE_CHECKING:
@@ -38,6 +41,10 @@ class FusedStep(torch.optim.Optimizer):
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
     _default_state_dtype: ClassVar[str | None] = None
     _kept: Kept
+    _place: tuple[int, int] = (0, 0)  # numbers of the first group and of its first parameter, if this is a part of another optimizer
+    _evaluates: bool = False  # whether the weights are their averages
+    last_grad_norm: torch.Tensor | None = None
+    reduce_grad_norm: Callable[[torch.Tensor], torch.Tensor | None] | None = None
     _last_ran: Ran | None = None  # the newest native call: for tests and reports, to prove which code ran
     _last_launched: device.Ran | None = None  # likewise of kernels on a device
 
@@ -50,6 +57,19 @@ class FusedStep(torch.optim.Optimizer):
             state_dtype: torch.dtype | str | Mapping[str, torch.dtype | str | None] | None = None,
             block_size: int | None = None,
             min_8bit_size: int | None = None,
+            max_grad_norm: float | None = None,
+            grad_norm_type: float | None = None,
+            nonfinite_grad_norm: str | None = None,
+            max_grad_value: float | None = None,
+            l1: float | None = None,
+            l1_method: str | None = None,
+            anchor_decay: float | None = None,
+            average: str | None = None,
+            average_decay: float | None = None,
+            average_start: int | None = None,
+            average_every: int | None = None,
+            weights: str | None = None,
+            rounding_seed: int | None = None,
             **options: Any,
         ) -> None: ...
 
@@ -62,6 +82,7 @@ class FusedStep(torch.optim.Optimizer):
         try:
             if isinstance(param_group, dict):
                 _complete_storage_options(param_group, self._default_state_dtype)
+                check_stage_options({**self.defaults, **param_group})
             super().add_param_group(param_group)
         except (TypeError, ValueError) as error:
             raise completed(error) from None
@@ -87,6 +108,25 @@ class FusedStep(torch.optim.Optimizer):
         """
         with loading(self, self._rule):
             super().load_state_dict(state_dict)
+
+    def average_weights(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the parameters have the averages of their weights (`average="ema"` or "swa") as values, to evaluate with.
+
+        Those without an average, such as frozen ones, stay as they are. Afterwards the weights are what they were, bit for bit, whatever
+        was raised. Meanwhile there is a copy of them, and the optimizer cannot step.
+
+        Raises:
+            RuntimeError: no group averages; or this context is entered already.
+        """
+        return average_weights(self)
+
+    def set_masks(self, masks: Mapping[torch.Tensor, torch.Tensor | None]) -> None:
+        """Hold weights at zero from now on: see `fused_opt.attached.set_masks`, and `fused_opt.magnitude_masks` for what makes masks."""
+        set_masks(self, masks)
+
+    def set_anchors(self, anchors: Mapping[torch.Tensor, torch.Tensor | None]) -> None:
+        """What `anchor_decay` pulls weights towards: see `fused_opt.attached.set_anchors`."""
+        set_anchors(self, anchors)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -130,6 +170,8 @@ class FusedStep(torch.optim.Optimizer):
 
     @_disable_dynamo  # it cannot be traced: torch.compile breaks its graph here, unless it takes the other way. Costs 1 us a step.
     def _run(self) -> None:
+        if self._evaluates:
+            raise RuntimeError("the weights are their averages, which a step would overwrite; leave average_weights() first")
         the_plan = plan(self)
         the_plan.run()
         the_plan.release()
@@ -152,12 +194,14 @@ def _extended(torch_init: Callable[..., None], default_state_dtype: str | None) 
 
     @functools.wraps(torch_init)
     def __init__(self: FusedStep, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        given = {name: kwargs.pop(name) for name in STORAGE_OPTIONS if name in kwargs}
+        given = {name: kwargs.pop(name) for name in own_options if name in kwargs}
         own = {name: value for name, value in {"state_dtype": default_state_dtype, **given}.items() if value is not None}
         try:
             _complete_storage_options(own, default_state_dtype)
+            check_stage_options(own)
             torch_init(self, *args, **kwargs)
             for group in self.param_groups:
+                check_stage_options({**own, **group})
                 if not asks_for_8bit({**own, **group}):
                     _refuse_8bit_options(group)
                 for name, value in own.items():
@@ -171,9 +215,10 @@ def _extended(torch_init: Callable[..., None], default_state_dtype: str | None) 
             native()  # now, so that it sees forks from here on (see csrc/parallel.cpp)
 
     signature = inspect.signature(torch_init)
+    own_options = (*STORAGE_OPTIONS, *GIVEN_OPTIONS, *(() if "betas" in signature.parameters else ("decoupled_weight_decay",)))
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_state_dtype if name == "state_dtype" else None)
-        for name in STORAGE_OPTIONS
+        for name in own_options
     ]
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
     return __init__

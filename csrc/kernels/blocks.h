@@ -26,14 +26,19 @@ inline uint32_t largest_magnitude(const float* values, int64_t count) {
 
 inline float scale_of(uint32_t largest) { return float_of(largest < kInfinity ? largest : kNan); }
 
-// Of block number `block`. Nothing but seed and place decides, not the number of threads. (SplitMix64, Steele, Lea and Flood 2014,
-// https://doi.org/10.1145/2660193.2660195: `block` steps from state `seed`.)
-inline Rounding rounding_of(bool stochastic, uint64_t seed, int64_t block) {
-  if (!stochastic) return {0x2000, 0};  // of 14 bits
-  uint64_t x = seed + (static_cast<uint64_t>(block) + 1) * 0x9e3779b97f4a7c15;
+// 64 random bits, number `place` of a seed. (SplitMix64, Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195: `place` steps
+// from state `seed`.)
+inline uint64_t random_bits(uint64_t seed, int64_t place) {
+  uint64_t x = seed + (static_cast<uint64_t>(place) + 1) * 0x9e3779b97f4a7c15;
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
   x = (x ^ x >> 27) * 0x94d049bb133111eb;
-  x ^= x >> 31;
+  return x ^ x >> 31;
+}
+
+// Of block number `block`. Nothing but seed and place decides, not the number of threads.
+inline Rounding rounding_of(bool stochastic, uint64_t seed, int64_t block) {
+  if (!stochastic) return {0x2000, 0};  // of 14 bits
+  const uint64_t x = random_bits(seed, block);
   return {static_cast<uint16_t>(x), static_cast<uint16_t>(x >> 16 | 1)};
 }
 

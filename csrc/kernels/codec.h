@@ -26,7 +26,7 @@ inline float for_rounding(double x) {
 
 // A codec has `decode` and `encode` for one value of any precision, and for a vector of float.
 
-// fp32 and fp64.
+// fp32 and fp64, and whole numbers that are exact in both.
 template <class T>
 struct Plain {
   using Stored = T;
@@ -40,6 +40,19 @@ struct Plain {
   template <class Real>
   static Stored encode(Real x) {
     return static_cast<Stored>(x);
+  }
+};
+
+// 0 or 1, a byte.
+struct Truth {
+  using Stored = uint8_t;
+  template <class Real>
+  static Real decode(Stored x) {
+    return x != 0 ? Real(1) : Real(0);
+  }
+  template <class Real>
+  static Stored encode(Real x) {
+    return x != 0;
   }
 };
 

@@ -4,6 +4,7 @@
 #include "codec.h"
 #include "driver.h"
 #include "rules.h"
+#include "stages.h"
 
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
@@ -42,9 +43,12 @@ constexpr const KernelsByFormat* kernels = Kernels<Rule, std::make_integer_seque
 // In the order of Format.
 template <class Real>
 constexpr CodecsByFormat codecs = {
-    {kCodec<Real, Plain<float>>, kCodec<Real, Plain<double>>, kCodec<Real, BFloat16>, kCodec<Real, Float16>}};
+    {kCodec<Real, Plain<float>>, kCodec<Real, Plain<double>>, kCodec<Real, BFloat16>, kCodec<Real, Float16>, kCodec<Real, Truth>,
+     kCodec<Real, Plain<int16_t>>}};
 
 constexpr CodecsByFormat codecs_by_precision[] = {codecs<float>, codecs<double>};
+constexpr StagesByPrecision stages_by_precision[] = {kStages<float>, kStages<double>};
+constexpr Norms norms_by_precision[] = {kNorms<float>, kNorms<double>};
 
 // In the order of Code.
 constexpr BlockCodecs block_codecs = {
@@ -61,6 +65,8 @@ const KernelTable kernel_table = {FUSED_OPT_NAME(FUSED_OPT_ISA),
                                   kernels<RMSprop, rmsprop::kFlagCombinations>,
                                   kernels<SGD, sgd::kFlagCombinations>,
                                   codecs_by_precision,
+                                  stages_by_precision,
+                                  norms_by_precision,
                                   &block_codecs};
 
 }  // namespace fused_opt::FUSED_OPT_ISA

@@ -1,0 +1,211 @@
+// What is done to a tile of numbers before and after the rule: loops over numbers that lie in a first-level cache, each entered only where
+// it was asked for. They know no rule, storage format of a state, or thread. Names and order: see fused_opt/stages.py.
+#pragma once
+
+#include "blocks.h"
+
+namespace fused_opt::FUSED_OPT_ISA {
+namespace {
+
+// As torch.clamp: NaN stays.
+template <class T>
+inline T clamp(T x, T limit) {
+  const T below = x > limit ? limit : x;
+  return below < -limit ? -limit : below;
+}
+
+template <class T>
+inline T sign_of(T x) {
+  return T(x > 0) - T(x < 0);
+}
+
+inline float with_sign(float magnitude, float x) { return __builtin_copysignf(magnitude, x); }
+inline double with_sign(double magnitude, double x) { return __builtin_copysign(magnitude, x); }
+
+// The proximal operator of threshold * |x|: what is nearer to zero becomes zero, NaN stays.
+template <class T>
+inline T soft_threshold(T x, T threshold) {
+  const T left = with_sign(x, T(1)) - threshold;
+  return left <= 0 ? T(0) : with_sign(left, x);
+}
+
+// The stored value nearest to x, as a float; doubles are not rounded here.
+template <class Value>
+inline float nearest(float x) {
+  return Value::template decode<float>(Value::template encode<float>(x));
+}
+
+// f(element) for each: `ivdep` since operands coincide exactly or do not overlap, as in the driver.
+template <class F>
+[[gnu::always_inline]] inline void for_each(int64_t count, F f) {
+#pragma GCC ivdep
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < count; ++i) f(i);
+}
+
+// A companion is what is missing from the weight as it is stored (Kahan; Zamirai et al. 2020, https://arxiv.org/abs/2010.06192), the lower
+// half of the float whose upper half the weight is (split), or the float itself (master; Micikevicius et al. 2017,
+// https://arxiv.org/abs/1710.03740). A weight that somebody has changed since counts: its companion is then added to the new one, or gives
+// way to it.
+template <class Value>
+struct Companion {
+  static float join(unsigned flags, float weight, float companion) {
+    if (flags & stage::kKahan) return weight + companion;
+    if (flags & stage::kSplit) return float_of(bits_of(weight) + static_cast<uint32_t>(static_cast<int32_t>(companion)));
+    const float stored = nearest<Value>(companion);
+    return stored == weight || (weight != weight && stored != stored) ? companion : weight;
+  }
+
+  // The weight. A split one is rounded to nearest, and ties away from zero, so that 16 bits with sign have the rest.
+  static float part(unsigned flags, float p, float& companion) {
+    if (flags & stage::kSplit) {
+      const uint32_t bits = bits_of(p), upper = p == p ? (bits + 0x8000) & 0xffff0000 : 0x7fc00000;
+      companion = p == p ? static_cast<float>(static_cast<int32_t>(bits - upper)) : 0.0f;
+      return float_of(upper);
+    }
+    const float weight = nearest<Value>(p), rest = p - weight;
+    companion = flags & stage::kMaster ? p : rest == rest ? rest : 0.0f;
+    return weight;
+  }
+};
+
+// Elements that share a draw of random numbers.
+constexpr int64_t kDraw = 256;
+
+// To bfloat16, up with a probability that is the distance from the value below: the expected value is x. What is added to the bits that are
+// cut off is uniform over all 2^16 values from one step to the next, and depends on nothing but seed, step, parameter and position.
+inline void round_stochastically(const double* scalars, const Tile& tile, float* param) {
+  const auto key = static_cast<uint64_t>(scalars[stage::kSeed]) << 24 | static_cast<uint64_t>(scalars[stage::kStep]);
+  const uint64_t seed = random_bits(key, tile.number);
+  for (int64_t from = 0; from < tile.count;) {
+    const int64_t first = tile.first + from, within = first % kDraw;
+    const int64_t length = tile.count - from < kDraw - within ? tile.count - from : kDraw - within;
+    const Rounding draw = rounding_of(true, seed, first / kDraw);
+    const uint32_t step = draw.step, start = draw.first + static_cast<uint32_t>(within) * step;
+    float* const p = param + from;
+    for_each(length, [=](int64_t i) __attribute__((always_inline)) {
+      const float x = load<float>(p, i);
+      const uint32_t random = (start + static_cast<uint32_t>(i) * step) & 0xffff;
+      store(p, i, float_of(x == x ? (bits_of(x) + random) & 0xffff0000 : 0x7fc00000));
+    });
+    from += length;
+  }
+}
+
+template <class T>
+void before(unsigned flags, const double* s, const Tile& tile) {
+  void *const param = tile.operands[kParam], *const grad = tile.operands[kGrad];
+  const void *const mask = tile.operands[kMask], *const anchor = tile.operands[kAnchor], *const companion = tile.operands[kCompanion];
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const auto join = [=](auto value) {
+      using Value = decltype(value);
+      for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+        store(param, i, Companion<Value>::join(flags, load<float>(param, i), load<float>(companion, i)));
+      });
+    };
+    if (flags & stage::kWithCompanion) tile.format == Format::kFloat16 ? join(Float16()) : join(BFloat16());
+  }
+  if (flags & stage::kOfGradient) {
+    const T factor = T(s[stage::kFactor]), limit = T(s[stage::kLimit]), l1 = T(s[stage::kL1]), decay = T(s[stage::kAnchorDecay]);
+    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+      store(grad, i, clamp(load<T>(grad, i) * factor, limit));
+    });
+    if (flags & stage::kSubgradient)
+      for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+        store(grad, i, load<T>(grad, i) + l1 * sign_of(load<T>(param, i)));
+      });
+    if (flags & stage::kPull)
+      for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+        store(grad, i, fma(decay, load<T>(param, i) - load<T>(anchor, i), load<T>(grad, i)));
+      });
+    if (flags & stage::kMasked)
+      for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+        store(grad, i, load<T>(mask, i) != 0 ? load<T>(grad, i) : T(0));
+      });
+  }
+  if (flags & stage::kShrink) {
+    const T keep = T(s[stage::kKeep]);
+    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) { store(param, i, load<T>(param, i) * keep); });
+  }
+}
+
+template <class T>
+void after(unsigned flags, const double* s, const Tile& tile) {
+  void *const param = tile.operands[kParam], *const average = tile.operands[kAverage], *const companion = tile.operands[kCompanion];
+  const void* const mask = tile.operands[kMask];
+  if (flags & stage::kProximal) {
+    const T threshold = T(s[stage::kThreshold]);
+    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+      store(param, i, soft_threshold(load<T>(param, i), threshold));
+    });
+  }
+  if (flags & stage::kMasked)
+    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+      store(param, i, load<T>(mask, i) != 0 ? load<T>(param, i) : T(0));
+    });
+  const auto with_value = [&tile](auto f) { tile.format == Format::kFloat16 ? f(Float16()) : f(BFloat16()); };
+  const bool is_short = tile.format == Format::kBFloat16 || tile.format == Format::kFloat16;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (flags & stage::kStochastic)
+      round_stochastically(s, tile, static_cast<float*>(param));
+    else if (is_short && !(flags & stage::kWithCompanion))  // an average is one of weights as they are stored
+      with_value([=, &tile](auto value) {
+        for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+          store(param, i, nearest<decltype(value)>(load<float>(param, i)));
+        });
+      });
+  }
+  if (flags & stage::kAveraged && s[stage::kAverageWeight] != 0) {
+    const Lerp<T> lerp{static_cast<T>(s[stage::kAverageWeight])};
+    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+      store(average, i, lerp(load<T>(average, i), load<T>(param, i)));
+    });
+  }
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (flags & stage::kWithCompanion)
+      with_value([=, &tile](auto value) {
+        for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+          float rest;
+          store(param, i, Companion<decltype(value)>::part(flags, load<float>(param, i), rest));
+          store(companion, i, rest);
+        });
+      });
+  }
+}
+
+// Sixteen sums, whatever the vectors of the processor are, so that the bits do not depend on them. In double the squares of floats are
+// exact and do not overflow.
+template <class T>
+double sum_of_squares(const void* real, int64_t count) {
+  constexpr int kSums = 16;
+  double sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int k = 0; k < kSums; ++k) {
+      const double x = static_cast<double>(load<T>(real, i + k));
+      sums[k] = fma(x, x, sums[k]);
+    }
+  for (int k = 0; i + k < count; ++k) {
+    const double x = static_cast<double>(load<T>(real, i + k));
+    sums[k] = fma(x, x, sums[k]);
+  }
+  for (int half = kSums / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  return sums[0];
+}
+
+template <class T>
+double largest(const void* real, int64_t count) {
+  T result = 0;
+  for (int64_t i = 0; i < count; ++i) result = max_keep_nan(result, with_sign(load<T>(real, i), T(1)));
+  return static_cast<double>(result);
+}
+
+template <class T>
+constexpr StagesByPrecision kStages = {before<T>, after<T>};
+
+template <class T>
+constexpr Norms kNorms = {sum_of_squares<T>, largest<T>};
+
+}  // namespace
+}  // namespace fused_opt::FUSED_OPT_ISA
