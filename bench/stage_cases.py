@@ -31,8 +31,6 @@ class Stages:
         options: what is given beside the rule's options.
         dtypes: of parameters, for which they are tried.
         optimizers: likewise.
-        ulps: how far results may lie from those of bench/plain_loop.py, in units of the last place of a weight of the initial size; 0 where
-            the formula leaves no choice of rounding.
     """
 
     options: dict[str, Any]

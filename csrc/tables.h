@@ -12,9 +12,9 @@ namespace fused_opt {
 // What one launch serves: tensors on one device, of the same formats, with the same compile-time options.
 struct Bucket {
   Device device;
-  unsigned flags;
+  unsigned flags, stages;
   int operand_count;
-  Format formats[kMaxOperands];  // unused for states in 8-bit codes
+  Format formats[kAllOperands];  // kFloat32 for states in 8-bit codes, and of what stages do not use
   int64_t block_size;            // of states in 8-bit codes; else 0
 
   // A row for each tensor.
@@ -27,6 +27,8 @@ struct Bucket {
     kConstants,  // row of its cohort, among those of all groups
     kCounter,    // address, or 0 if there is none on the device
     kCounterIsDouble,
+    kStages,                             // addresses of what stages use; 0 for what is not there
+    kNumber = kStages + kStageOperands,  // of the parameter in its group
     kColumns
   };
   using Row = std::array<int64_t, kColumns>;
@@ -48,9 +50,12 @@ class Tables {
   // Starts anew. What was there stays as what the new tables are compared with.
   void begin();
 
-  // Adds a batch's entries for devices. `flags` has the options of each of its cohorts, whose constants, and scalars unless `on_device`,
-  // are in rows from `first_row` on.
-  void add(const Batch& batch, const std::vector<unsigned>& flags, int64_t first_row, bool on_device);
+  // Adds a batch's entries for devices. `flags` and `stages`, which may be empty, have the options of each of its cohorts, whose constants,
+  // and scalars unless `on_device`, are in rows from `first_row` on.
+  void add(const Batch& batch, const std::vector<unsigned>& flags, int64_t first_row, bool on_device, const std::vector<unsigned>& stages);
+
+  // Adds the gradients of a batch's tensors for devices, those without states, too; of each row only what concerns them is set.
+  void add_gradients(const Batch& batch);
 
   // After the last batch.
   void finish();

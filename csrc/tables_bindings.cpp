@@ -13,10 +13,15 @@ namespace py = pybind11;
 namespace fused_opt {
 namespace {
 
+py::tuple names_of(const Format* formats, int count) {
+  py::tuple names(static_cast<size_t>(count));
+  for (int k = 0; k < count; ++k) names[static_cast<size_t>(k)] = kFormatNames[static_cast<int>(formats[k])];
+  return names;
+}
+
 py::tuple describe(const Bucket& bucket) {
-  py::tuple formats(static_cast<size_t>(bucket.operand_count));
-  for (int k = 0; k < bucket.operand_count; ++k) formats[static_cast<size_t>(k)] = kFormatNames[static_cast<int>(bucket.formats[k])];
-  return py::make_tuple(std::pair(bucket.device.type, bucket.device.index), bucket.flags, formats, bucket.block_size, bucket.rows.size(),
+  return py::make_tuple(std::pair(bucket.device.type, bucket.device.index), bucket.flags, names_of(bucket.formats, bucket.operand_count),
+                        bucket.block_size, bucket.stages, names_of(bucket.formats + kMask, kStageOperands), bucket.rows.size(),
                         bucket.chunks.size(), bucket.rows_changed, bucket.chunks_changed);
 }
 
@@ -31,7 +36,9 @@ void add_tables(py::module_& m) {
   py::class_<Tables>(m, "Tables")
       .def(py::init<int64_t>(), py::arg("chunk"))
       .def("begin", &Tables::begin)
-      .def("add", &Tables::add, py::arg("batch"), py::arg("flags"), py::arg("first_row"), py::arg("on_device"))
+      .def("add", &Tables::add, py::arg("batch"), py::arg("flags"), py::arg("first_row"), py::arg("on_device"),
+           py::arg("stages") = std::vector<unsigned>())
+      .def("add_gradients", &Tables::add_gradients, py::arg("batch"))
       .def("finish",
            [](Tables& self) {
              self.finish();

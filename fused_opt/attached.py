@@ -88,7 +88,7 @@ def _checked(
         if not isinstance(param, torch.Tensor) or param not in places:
             is_tensor = isinstance(param, torch.Tensor)
             found = f"a tensor of shape {tuple(param.shape)}" if is_tensor else f"{param!r} of type {type(param).__name__}"
-            raise ValueError(f"{found} has a {what}, but is no parameter of this optimizer; the keys must be tensors of its param_groups")
+            raise ValueError(f"the {what}s have {found}, which is no parameter of this optimizer; give keys out of its param_groups")
         if value is not None:
             _check_like(param, value, what, places[param])
             value = make(optimizer, param, value, places[param])

@@ -129,16 +129,21 @@ def linear_encode(values, inverse, offsets, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def random_bits(seed, place):
+    """64 random bits, number `place` of a seed, uint64. (SplitMix64, Steele, Lea and Flood 2014.)"""
+    x = seed + (place.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
 def stochastic_offsets(seed, block, positions):
     """What is added before the fraction of a code is cut off: a Weyl sequence (see `Offsets` in csrc/kernels/code8.h).
 
-    Of the elements at `positions` of block number `block`, by SplitMix64 (Steele, Lea and Flood 2014) of `seed`, uint64.
+    Of the elements at `positions` of block number `block`; `seed`: uint64.
     """
-    x = seed + (block.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    x = x ^ (x >> 31)
-    draw = x.to(tl.uint32)
+    draw = random_bits(seed, block).to(tl.uint32)
     return (positions * (((draw >> 16) | 1) * 32) + ((draw & 0xFFFF) * 32 + 16)) & OFFSET_MASK
 
 

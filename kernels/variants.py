@@ -14,7 +14,9 @@ from fused_opt.kernels import codecs
 from fused_opt.kernels.quantize import MAX_PIECE, dequantize, largest_magnitudes, quantize
 from fused_opt.kernels.rules import RULES
 from fused_opt.kernels.scalars import FORMULAS, compute_scalars
+from fused_opt.kernels.stages import DRAW, OPERANDS
 from fused_opt.kernels.step import step
+from fused_opt.stages import STOCHASTIC
 
 # Elements of a program. With four times as many, 124M parameters would be too few programs for a GPU of 132 multiprocessors.
 CHUNK = 8192
@@ -27,7 +29,7 @@ CODED_TILE = 2 * TILE
 
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
 _COUNTS = {"count": "i64", "block_size": "i64", "parts": "i64"}
-TYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
+TYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16, "bool": tl.int8, "int16": tl.int16}
 
 # For all kernels: nothing is contracted that is not written as fma.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
@@ -71,7 +73,15 @@ class Variant:
 
 @functools.cache
 def step_variant(
-    rule: str, flags: int, param: str, grad: str, states: tuple[str, ...], block_size: int = 0, unscale: bool = False
+    rule: str,
+    flags: int,
+    param: str,
+    grad: str,
+    states: tuple[str, ...],
+    block_size: int = 0,
+    unscale: bool = False,
+    stages: int = 0,
+    operands: tuple[str, ...] = (),
 ) -> Variant:
     """The step kernel for these.
 
@@ -81,10 +91,12 @@ def step_variant(
         param, grad, states: dtypes, keys of `TYPES`; the states in torch's order.
         block_size: of states in 8-bit codes, whose `states` do not matter; 0 if they are none.
         unscale: whether gradients are divided by a gradient scaler's scale where they lie.
+        stages: which there are, as in fused_opt/stages.py.
+        operands: dtypes of what stages use: mask, anchor, average, companion; anything for one that is not there. None without stages.
     """
     chosen = RULES[rule]
     kinds = tuple(chosen.kinds(flags).values())
-    size = block_size or TILE
+    size = block_size or (DRAW.value if stages & STOCHASTIC else TILE)  # a row of a tile shares a draw of random numbers
     if block_size:
         state_types: tuple[Any, ...] = tuple(tl.int8 if kind.signed else tl.uint8 for kind in kinds)
     else:
@@ -99,6 +111,8 @@ def step_variant(
         "PARAM_TYPE": TYPES[param],
         "GRAD_TYPE": TYPES[grad],
         "STATE_TYPES": state_types,
+        "STAGES": stages,
+        "OPERAND_TYPES": tuple(TYPES[kind] if stages & flag else None for flag, kind in zip(OPERANDS, operands, strict=bool(stages))),
         "UNSCALE": unscale,
         "CHUNK": CHUNK,
         "ROWS": max((CODED_TILE if block_size else TILE) // size, 1),

@@ -62,3 +62,15 @@ def assert_same_state(actual: torch.optim.Optimizer, expected: torch.optim.Optim
             assert list(actual.state.get(p, {})) == list(expected.state.get(q, {}))
             for key, value in expected.state.get(q, {}).items():
                 assert_same_bits(actual.state[p][key], value, f"parameter {i}, {key}")
+
+
+# Options of this package's constructors, after torch's own.
+OWN_OPTIONS = (
+    "state_dtype block_size min_8bit_size max_grad_norm grad_norm_type nonfinite_grad_norm max_grad_value l1 l1_method anchor_decay "
+    "average average_decay average_start average_every weights rounding_seed"
+).split()
+
+
+def own_options(name: str) -> list[str]:
+    """Those of a class; Adam and AdamW have `decoupled_weight_decay` from torch."""
+    return OWN_OPTIONS if "Adam" in name else [*OWN_OPTIONS, "decoupled_weight_decay"]

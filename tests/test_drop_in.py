@@ -15,7 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fused_opt
-from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of, run_steps
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, own_options, params_of, run_steps
 
 OPTIONS: dict[str, dict[str, Any]] = {"Adam": {}, "AdamW": {}, "RMSprop": {"momentum": 0.9}, "SGD": {"momentum": 0.9}}
 SHAPES = ((64, 32), (64,), (128,))
@@ -41,7 +41,7 @@ def test_is_torchs_class_with_torchs_signature(name: str) -> None:
     torchs, own = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
     assert list(own.values())[: len(torchs)] == list(torchs.values())
     assert [(p.name, p.kind, p.default) for p in list(own.values())[len(torchs) :]] == [
-        (option, inspect.Parameter.KEYWORD_ONLY, None) for option in ("state_dtype", "block_size", "min_8bit_size")
+        (option, inspect.Parameter.KEYWORD_ONLY, None) for option in own_options(name)
     ]
     param = torch.nn.Parameter(torch.ones(1))
     assert ours([param]).defaults == theirs([param]).defaults

@@ -15,7 +15,7 @@ import torch
 
 import fused_opt
 from fused_opt.native import native
-from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of, run_steps
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, own_options, params_of, run_steps
 from pairs import ALL_STATES, assert_native, nothing_changes, set_grads, step_with
 
 Optimizer = torch.optim.Optimizer
@@ -61,8 +61,7 @@ def test_classes(name: str) -> None:
     expected = list(inspect.signature(torchs).parameters.values())
     assert parameters[: len(expected)] == expected
     assert [(p.name, p.default, p.kind) for p in parameters[len(expected) :]] == [
-        (option, default, inspect.Parameter.KEYWORD_ONLY)
-        for option, default in (("state_dtype", "int8"), ("block_size", None), ("min_8bit_size", None))
+        (option, "int8" if option == "state_dtype" else None, inspect.Parameter.KEYWORD_ONLY) for option in own_options(name)
     ]
     values, grads = make_problem([(5003,), (70, 80), (100,)], 3, torch.float32)
     optimizers = [
