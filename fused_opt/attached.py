@@ -32,8 +32,11 @@ def set_masks(optimizer: torch.optim.Optimizer, masks: Attached) -> None:
     Raises:
         TypeError: `masks` is no mapping; a mask is no tensor or is complex; a parameter with a mask is complex.
         ValueError: a parameter is not in the optimizer; a mask has another shape, device or layout, or other values than 0 and 1; the
-            parameter, or a state of it, cannot be written. Nothing has been changed then.
+            parameter, or a state of it, cannot be written.
+        RuntimeError: within `average_weights()`. Nothing has been changed, whatever is raised.
     """
+    if getattr(optimizer, "_evaluates", False):
+        raise RuntimeError("the weights are their averages, which masks are not to zero; leave average_weights() first")
     made = _checked(optimizer, masks, "mask", _mask)
     for param, mask in made.items():
         if mask is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fused_opt.device import current_device
+from fused_opt.device_tables import current_device
 
 
 def measure(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block_size: int) -> None:

@@ -107,7 +107,7 @@ def pruned_masks(model: torch.nn.Module) -> Masks:
 
 def _tensors(params: Params) -> list[torch.Tensor]:
     if isinstance(params, torch.nn.Module):
-        tensors = [param for param in params.parameters() if param.dim() >= 2]
+        tensors: list[torch.Tensor] = [param for param in params.parameters() if param.dim() >= 2]
     elif isinstance(params, torch.Tensor):
         raise TypeError(f"params is a tensor of shape {tuple(params.shape)}; pass [tensor], or a module")
     else:

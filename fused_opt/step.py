@@ -43,7 +43,7 @@ class FusedStep(torch.optim.Optimizer):
     _kept: Kept
     _place: tuple[int, int] = (0, 0)  # numbers of the first group and of its first parameter, if this is a part of another optimizer
     _evaluates: bool = False  # whether the weights are their averages
-    last_grad_norm: torch.Tensor | None = None
+    _last_grad_norm: torch.Tensor | tuple[float, torch.dtype] | None = None
     reduce_grad_norm: Callable[[torch.Tensor], torch.Tensor | None] | None = None
     _last_ran: Ran | None = None  # the newest native call: for tests and reports, to prove which code ran
     _last_launched: device.Ran | None = None  # likewise of kernels on a device
@@ -108,6 +108,17 @@ class FusedStep(torch.optim.Optimizer):
         """
         with loading(self, self._rule):
             super().load_state_dict(state_dict)
+
+    @property
+    def last_grad_norm(self) -> torch.Tensor | None:
+        """With `max_grad_norm`: the norm of all gradients, before they were clipped, in the newest step, as a tensor without dimensions.
+
+        float32 (float64 if all gradients are), on the parameters' device, where reading it waits for the step. None before the first step.
+        """
+        if isinstance(self._last_grad_norm, tuple):
+            norm, dtype = self._last_grad_norm
+            return torch.tensor(norm, dtype=dtype, device="cpu")
+        return self._last_grad_norm
 
     def average_weights(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the parameters have the averages of their weights (`average="ema"` or "swa") as values, to evaluate with.

@@ -74,10 +74,10 @@ def update_tile(
     new_p, new = MOVE(p, g, ACCUMULATE(g, old, s, FLAGS), s, FLAGS)
     if STAGES:
         new_p, average, companion = stages.after(new_p, found, t, seed, first, STAGES, param.dtype.element_ty, ROWS, SIZE)
-        if STAGES & stages.AVERAGE:
+        if stages.AVERAGE & STAGES:
             to = operands[stages.AVERAGE_AT]
             tl.store(to + at, average.to(to.dtype.element_ty), mask & averages if MASKED else averages)
-        if STAGES & stages.WITH_COMPANION:
+        if stages.WITH_COMPANION & STAGES:
             to = operands[stages.COMPANION_AT]
             tl.store(to + at, companion.to(to.dtype.element_ty), mask)
     tl.store(param + at, new_p.to(param.dtype.element_ty), mask)
@@ -172,7 +172,7 @@ def step(
     if STAGES:
         for k in tl.static_range(N_STAGE_SCALARS):
             t = t + (tl.load(own + STAGE_SCALARS + k),)
-    if STAGES & stages.STOCHASTIC:
+    if stages.STOCHASTIC & STAGES:
         seed = stages.seed_of(t, tl.load(row + NUMBER))
     TILE: tl.constexpr = ROWS * SIZE
     whole = tl.where(tl.load(row + ALIGNED) != 0, count // TILE * TILE, 0)

@@ -11,12 +11,13 @@ import triton.language as tl
 
 from fused_opt import rules as specs
 from fused_opt.kernels import codecs
+from fused_opt.kernels.norm import combine_partials, measure_gradients
 from fused_opt.kernels.quantize import MAX_PIECE, dequantize, largest_magnitudes, quantize
 from fused_opt.kernels.rules import RULES
 from fused_opt.kernels.scalars import FORMULAS, compute_scalars
 from fused_opt.kernels.stages import DRAW, OPERANDS
 from fused_opt.kernels.step import step
-from fused_opt.stages import STOCHASTIC
+from fused_opt.stages import OF_GRADIENT, STOCHASTIC
 
 # Elements of a program. With four times as many, 124M parameters would be too few programs for a GPU of 132 multiprocessors.
 CHUNK = 8192
@@ -125,16 +126,45 @@ def step_variant(
 
 
 @functools.cache
-def scalars_variant(rule: str, scaled: bool) -> Variant:
-    """The kernel that computes a rule's scalars, and with `scaled` honours a gradient scaler."""
+def scalars_variant(rule: str, scaled: bool, stages: int = 0, clips: bool = False, skips: bool = False) -> Variant:
+    """The kernel that computes a rule's scalars, and those of `stages`.
+
+    Args:
+        rule: its name in `RULES`.
+        scaled: whether it honours a gradient scaler.
+        stages: which there are, as in fused_opt/stages.py.
+        clips: whether gradients are shortened to a norm.
+        skips: whether the step is left out where the norm is not finite; only with `clips`.
+    """
     formula, count = FORMULAS[rule]
     scaler = dict.fromkeys(("found_inf", "grad_scale"), "*fp32" if scaled else "constexpr")
+    norm = {"norm": "*fp32", "max_norm": "fp32"} if clips else {"norm": "constexpr", "max_norm": "constexpr"}
     return Variant(
         compute_scalars,
-        {"tensors": "*i64", "constants": "*fp64", "scalars": "*fp32", **scaler},
-        {"FORMULA": formula, "N_CONSTANTS": count},
+        {"tensors": "*i64", "constants": "*fp64", "scalars": "*fp32", **scaler, **norm},
+        {
+            "FORMULA": formula,
+            "N_CONSTANTS": count,
+            "STAGED": stages != 0,
+            "OF_GRADIENT": stages & OF_GRADIENT != 0,
+            "SKIPS": skips,
+        },
         num_warps=1,
     )
+
+
+@functools.cache
+def gradients_variant(dtype: str, largest: bool) -> Variant:
+    """The kernel that measures gradients of a dtype: the sum of their squares, or the largest magnitude."""
+    constants = {"TYPE": TYPES[dtype], "LARGEST": largest, "CHUNK": CHUNK, "TILE": TILE}
+    return Variant(measure_gradients, {"tensors": "*i64", "chunks": "*i32", "partials": "*fp64"}, constants, WARPS)
+
+
+@functools.cache
+def total_variant(largest: bool) -> Variant:
+    """The kernel that combines what was measured."""
+    arguments = {"partials": "*fp64", "total": "*fp64", "count": "i64"}
+    return Variant(combine_partials, arguments, {"LARGEST": largest, "TILE": TILE}, WARPS)
 
 
 # Name of a code -> whether it has a sign, and how units, inverses, codes and values are made.

@@ -131,7 +131,8 @@ void before(unsigned flags, const double* s, const Tile& tile) {
 
 template <class T>
 void after(unsigned flags, const double* s, const Tile& tile) {
-  void *const param = tile.operands[kParam], *const average = tile.operands[kAverage], *const companion = tile.operands[kCompanion];
+  void *const param = tile.operands[kParam], *const companion = tile.operands[kCompanion];
+  void* const average = tile.operands[fused_opt::kAverage];  // the operand; kAverage alone is a rule's kind of state
   const void* const mask = tile.operands[kMask];
   if (flags & stage::kProximal) {
     const T threshold = T(s[stage::kThreshold]);
@@ -173,32 +174,51 @@ void after(unsigned flags, const double* s, const Tile& tile) {
   }
 }
 
-// Sixteen sums, whatever the vectors of the processor are, so that the bits do not depend on them. In double the squares of floats are
-// exact and do not overflow.
+// Sixteen sums in vectors of four, whatever those of the processor are, so that the bits do not depend on them. In double the squares of
+// floats are exact and do not overflow. (As sixteen numbers gcc 12 kept them in memory: seven times as long.)
 template <class T>
 double sum_of_squares(const void* real, int64_t count) {
-  constexpr int kSums = 16;
-  double sums[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums <= count; i += kSums)
-    for (int k = 0; k < kSums; ++k) {
-      const double x = static_cast<double>(load<T>(real, i + k));
-      sums[k] = fma(x, x, sums[k]);
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  typedef double Sums __attribute__((vector_size(4 * sizeof(double))));
+  constexpr int kVectors = 4, kSums = 4 * kVectors;
+  Sums sums[kVectors] = {};
+  const auto add = [&sums](const void* numbers) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kVectors; ++k) {
+      const Sums x = __builtin_convertvector(load<Four>(numbers, k), Sums);
+      sums[k] += x * x;
     }
-  for (int k = 0; i + k < count; ++k) {
-    const double x = static_cast<double>(load<T>(real, i + k));
-    sums[k] = fma(x, x, sums[k]);
+  };
+  const T* const numbers = static_cast<const T*>(real);
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums) add(numbers + i);
+  if (i < count) {
+    T last[kSums] = {};
+    __builtin_memcpy(last, numbers + i, static_cast<size_t>(count - i) * sizeof(T));
+    add(last);
   }
-  for (int half = kSums / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  return sums[0];
+  const Sums sum = (sums[0] + sums[2]) + (sums[1] + sums[3]);
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+inline uint64_t bits_of(double x) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Bits of magnitudes are in the order of the numbers, and those of NaN above all.
 template <class T>
 double largest(const void* real, int64_t count) {
-  T result = 0;
-  for (int64_t i = 0; i < count; ++i) result = max_keep_nan(result, with_sign(load<T>(real, i), T(1)));
-  return static_cast<double>(result);
+  using Bits = decltype(bits_of(T()));
+  Bits result = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Bits magnitude = bits_of(load<T>(real, i)) & (Bits(-1) >> 1);
+    result = magnitude > result ? magnitude : result;
+  }
+  T value;
+  __builtin_memcpy(&value, &result, sizeof value);
+  return static_cast<double>(value);
 }
 
 template <class T>
