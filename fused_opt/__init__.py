@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fused_opt.backward import step_in_backward
     from fused_opt.checkpoints import torch_state_dict
     from fused_opt.explanation import explain
     from fused_opt.optimizers import SGD, Adam, Adam8bit, AdamW, AdamW8bit, RMSprop, RMSprop8bit, SGD8bit
+    from fused_opt.pruning import magnitude_masks, n_of_m_masks, pruned_masks
     from fused_opt.quantization import QuantizedTensor, dequantize_blockwise, quantize_blockwise
 
 __version__ = "0.1.0"
@@ -25,7 +27,11 @@ __all__ = [
     "SGD8bit",
     "dequantize_blockwise",
     "explain",
+    "magnitude_masks",
+    "n_of_m_masks",
+    "pruned_masks",
     "quantize_blockwise",
+    "step_in_backward",
     "torch_state_dict",
 ]
 
@@ -34,7 +40,11 @@ _MODULES = {
     "QuantizedTensor": "quantization",
     "dequantize_blockwise": "quantization",
     "explain": "explanation",
+    "magnitude_masks": "pruning",
+    "n_of_m_masks": "pruning",
+    "pruned_masks": "pruning",
     "quantize_blockwise": "quantization",
+    "step_in_backward": "backward",
     "torch_state_dict": "checkpoints",
 }
 

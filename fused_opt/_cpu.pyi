@@ -29,15 +29,36 @@ def dequantize(
 ) -> None: ...
 
 class Batch:
-    def __init__(self, slots: Sequence[tuple[str, str, bool]], counter: str, takes_codes: bool) -> None: ...
+    def __init__(
+        self,
+        slots: Sequence[tuple[str, str, bool]],
+        counter: str,
+        takes_codes: bool,
+        late: bool = False,
+        stages: Sequence[str] = (),
+        split: bool = False,
+    ) -> None: ...
     def gather(
-        self, params: list[torch.Tensor], state: dict[torch.Tensor, Any], assume_grad: bool = False, cpu: int = 1, gpu: int = 0
+        self,
+        params: list[torch.Tensor],
+        state: dict[torch.Tensor, Any],
+        assume_grad: bool = False,
+        cpu: int = 1,
+        gpu: int = 0,
+        first_number: int = 0,
     ) -> bool: ...  # cpu, gpu: who serves, a Server in csrc/batch.h
-    def adopt(self, i: int, state: dict[str, Any]) -> None: ...
+    def adopt(self, i: int, state: dict[str, Any], fresh: bool = True) -> None: ...
     def clear(self) -> None: ...
     def run(
-        self, rule: str, programs: Sequence[tuple[int, Sequence[float]]], isa: str, max_threads: int, on_device: bool = False
+        self,
+        rule: str,
+        programs: Sequence[tuple[int, Sequence[float]]],
+        isa: str,
+        max_threads: int,
+        on_device: bool = False,
+        stages: Sequence[tuple[int, Sequence[float]]] = (),
     ) -> tuple[str, int]: ...  # instruction set, threads
+    def gradient_norm(self, isa: str, largest: bool, max_threads: int) -> float: ...
     @property
     def missing(self) -> list[int]: ...
     @property

@@ -21,6 +21,7 @@ import torch
 from fused_opt.foreign import foreign_group_options, is_foreign, read_foreign
 from fused_opt.quantization import BLOCK_SIZES, block_size_of, decode, encode, scale_count
 from fused_opt.rules import NON_NEGATIVE, SLOTS, Group, Rule
+from fused_opt.stages import COMPANIONS, STAGE_OPTIONS, STAGE_STATES, check_stage_options
 from fused_opt.states import (
     STORAGE_OPTIONS,
     Blocks,
@@ -37,6 +38,8 @@ from fused_opt.states import (
 )
 
 VERSION = 1
+# Options that a loaded group keeps from this optimizer where the saved one does not have them.
+_KEPT = (*STAGE_OPTIONS, "decoupled_weight_decay")
 _KEYS = frozenset(("version", "code", "block_size", "codes", "scales", "order"))
 
 
@@ -64,10 +67,12 @@ def torch_state_dict(source: torch.optim.Optimizer | dict[str, Any]) -> dict[str
             if name in SLOTS and isinstance(value, Mapping)
             else value
             for name, value in state.items()
+            if name not in STAGE_STATES
         }
         for key, state in state_dict["state"].items()
     }
-    groups = [{name: value for name, value in group.items() if name not in STORAGE_OPTIONS} for group in state_dict["param_groups"]]
+    own = {*STORAGE_OPTIONS, *STAGE_OPTIONS}
+    groups = [{name: value for name, value in group.items() if name not in own} for group in state_dict["param_groups"]]
     return {**state_dict, "state": states, "param_groups": groups}
 
 
@@ -210,7 +215,12 @@ def _merged(own: Group, group: Group, rule: Rule, foreign: bool) -> Group:
     if options is not None:
         group = {**own, **options, "params": group["params"]}
     check_storage_options(group)
-    return {**group, **{name: own[name] for name in STORAGE_OPTIONS if name in own}}
+    own_wishes = {name: own[name] for name in (*STORAGE_OPTIONS, "weights") if name in own}
+    merged = {**{name: own[name] for name in _KEPT if name in own}, **group, **own_wishes}
+    if merged.get("weights") != "stochastic":
+        merged.pop("rounding_seed", None)
+    check_stage_options(merged)
+    return merged
 
 
 def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +234,9 @@ def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -
         if name in scales_of_codes:
             continue
         where = f"state {name!r} of parameter {index} of its group"
-        if name not in SLOTS:  # the user's, and the counter
+        if name in STAGE_STATES:
+            result |= _loaded_stage_state(group, name, value, group["params"][index], where)
+        elif name not in SLOTS:  # the user's, and the counter
             wider = isinstance(value, torch.Tensor) and name != "step" and _wider(value, group["params"][index])
             result[name] = _Ready(value.to(group["params"][index].device)) if wider else value
         elif is_codes(value):  # as `optimizer.state` has them
@@ -243,6 +255,18 @@ def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -
         else:
             result[name] = value
     return result
+
+
+def _loaded_stage_state(group: Group, name: str, value: Any, param: torch.Tensor, where: str) -> dict[str, Any]:
+    """As it was saved, in the parameter's strides; what stages of this group do not use is left out."""
+    if name in COMPANIONS.values() and name != COMPANIONS.get(group.get("weights") or ""):
+        return {}
+    if not isinstance(value, torch.Tensor) or value.shape != param.shape:
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{where} has shape {shape}, its parameter {tuple(param.shape)}; load a state_dict of the same model")
+    made = torch.empty_like(param, dtype=value.dtype, memory_format=torch.preserve_format, requires_grad=False)
+    with torch.no_grad():
+        return {name: _Ready(made.copy_(value))}
 
 
 def _wanted(rule: Rule, group: Group, index: int, value: torch.Tensor | _Codes) -> Format | None:

@@ -89,9 +89,13 @@ def _total(groups: Sequence[GroupPlan], backend: Native, largest: bool) -> float
     """The sum of all squares, or the largest magnitude; NaN if one is."""
     norms: list[float] = []
     for group in groups:
+        by_torch = [index for index, _ in group.declined]
         if group.batch is not None and group.batch.in_kernels:
-            norms.append(group.batch.gradient_norm(backend.isa, largest, torch.get_num_threads()))
-        norms += [_norm_by_torch(group.group["params"][index].grad, largest) for index, _ in group.declined]
+            if largest and group.batch.complex:  # to the kernels they are pairs of numbers
+                by_torch += group.batch.indices
+            else:
+                norms.append(group.batch.gradient_norm(backend.isa, largest, torch.get_num_threads()))
+        norms += [_norm_by_torch(group.group["params"][index].grad, largest) for index in by_torch]
     if largest:
         return math.nan if any(map(math.isnan, norms)) else max(norms, default=0.0)
     return sum(norms)
@@ -102,8 +106,8 @@ def _norm_by_torch(grad: Any, largest: bool) -> float:
     if grad is None:
         return 0.0
     values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
-    parts = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
-    norm = float(torch.linalg.vector_norm(parts, math.inf if largest else 2, dtype=torch.float64))
+    magnitudes = values.abs() if values.is_complex() else values
+    norm = float(torch.linalg.vector_norm(magnitudes, math.inf if largest else 2, dtype=torch.float64))
     return norm if largest else norm * norm
 
 

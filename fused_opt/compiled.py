@@ -10,6 +10,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from fused_opt.plan import plan
+from fused_opt.stages import has_stages
 from fused_opt.states import Format, State, format_of_new_states, is_codes, new_slot, new_state, scale_name
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def prepare(optimizer: FusedStep, with_grad: Sequence[Sequence[int]]) -> list[li
         the_plan.release()
         for part, indices, not_these in zip(the_plan.groups, with_grad, refused, strict=True):
             params = part.group["params"]
+            if has_stages(part.group):  # the operator knows none
+                return None
             if not not_these.isdisjoint(indices) or any(isinstance(number, torch.Tensor) for number in _numbers(rule, part.group)):
                 return None
             missing = set(part.missing).intersection(indices)

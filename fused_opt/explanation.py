@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fused_opt.plan import GroupPlan, Plan, plan
 from fused_opt.quantization import block_size_of, scale_count
 from fused_opt.rules import Group
+from fused_opt.stages import MASK_STATE, stage_dtypes, stages_in_words
 from fused_opt.states import BLOCK_SIZE, Blocks, code_dtype, format_of_new_states, is_codes, scale_name
 from fused_opt.step import FusedStep
 
@@ -27,6 +29,7 @@ class Row:
         dtype: of the parameters, without the "torch." prefix.
         states: the states a step uses and their dtypes, (name, dtype) each, in the rule's order; 8-bit codes with the elements in a block,
             such as "int8/256".
+        stages: what a step does before and after the rule, such as "clip by norm 1.0"; in the order of `fused_opt.stages`.
         state_bytes: their size for all parameters of the row together, in bytes, with the scales of blocks and without step counters.
         elements: number of values in the parameters together.
     """
@@ -38,6 +41,7 @@ class Row:
     reason: str
     dtype: str
     states: tuple[tuple[str, str], ...]
+    stages: tuple[str, ...]
     state_bytes: int
     elements: int
 
@@ -48,10 +52,11 @@ class Row:
 
     def __str__(self) -> str:
         states = ", ".join(f"{name} {dtype}" for name, dtype in self.states)
+        stages = f"; in the same pass: {', '.join(self.stages)}" if self.stages else ""
         size = f" ({self.state_bytes / self.elements:.4g} bytes a value)" if self.elements and self.states else ""
         return (
             f"group {self.group}: {self.parameters} x {self.dtype} ({self.elements} elements) by {self.path}: {self.reason}; "
-            f"states: {states or 'none'}{size}"
+            f"states: {states or 'none'}{size}{stages}"
         )
 
 
@@ -110,6 +115,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
                 reason=reason,
                 dtype=dtype,
                 states=states,
+                stages=stages_in_words(optimizer.param_groups[number]),
                 state_bytes=sum(state_bytes[number, index] for index in indices),
                 elements=elements,
             )
@@ -142,6 +148,16 @@ def _states(optimizer: FusedStep, group: Group, index: int) -> Iterator[tuple[st
     """Name, kind and bytes of each."""
     param = group["params"][index]
     existing = optimizer.state.get(param, {})
+    yield from _rule_states(optimizer, group, index, existing)
+    for name, dtype in stage_dtypes(group, param).items():
+        state = existing.get(name)
+        if state is not None or name != MASK_STATE:
+            found = dtype if state is None else state.dtype
+            yield name, _name(found), param.numel() * found.itemsize
+
+
+def _rule_states(optimizer: FusedStep, group: Group, index: int, existing: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
+    param = group["params"][index]
     for slot in optimizer._rule.slots(group):
         state = existing.get(slot)
         if is_codes(state):

@@ -167,9 +167,8 @@ class Plan:
         return on_device
 
     def _unscaling(self, scaler: Scaler | None) -> float:
-        if scaler is None or scaler.grad_scale is None or not any(group.batch is not None and group.batch.in_kernels for group in self.groups):
-            return 1.0
-        return 1 / float(scaler.grad_scale)
+        on_host = any(group.batch is not None and group.batch.in_kernels for group in self.groups)
+        return 1 / float(scaler.grad_scale) if on_host and scaler is not None and scaler.grad_scale is not None else 1.0
 
     def _programs(self, group: GroupPlan, batch: _cpu.Batch, in_tables: bool, factor: float) -> Programs:
         return _programs(self.optimizer._rule, group.group, group.number, batch, in_tables, factor)

@@ -230,23 +230,24 @@ def stage_states(group: Group) -> tuple[str, ...]:
     )
 
 
-def new_stage_states(group: Group, param: torch.Tensor, existing: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Those that a parameter does not have yet, in its shape and strides. Anchor and average begin at its present value."""
-    _, anchor, average, companion = stage_states(group)
+def stage_dtypes(group: Group, param: torch.Tensor) -> dict[str, torch.dtype]:
+    """The dtypes in which a parameter's states for stages are made, by their keys."""
     short = param.dtype in LOW_PRECISION
+    mask, anchor, average, companion = stage_states(group)
+    dtypes = {mask: torch.bool, anchor: param.dtype, average: torch.float32 if short else param.dtype}
+    if short and companion:
+        dtypes[companion] = COMPANION_DTYPES.get(group["weights"], param.dtype)
+    return {name: dtype for name, dtype in dtypes.items() if name}
+
+
+@torch.no_grad()
+def new_stage_states(group: Group, param: torch.Tensor, existing: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Those that a parameter does not have yet, in its shape and strides, but for masks. Anchor, average and master are copies of it."""
     made: dict[str, torch.Tensor] = {}
-
-    def copy(dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(param.detach())
-
-    if anchor and anchor not in existing:
-        made[anchor] = copy(param.dtype)
-    if average and average not in existing:
-        made[average] = copy(torch.float32 if short else param.dtype)
-    if companion and short and companion not in existing:
-        made[companion] = copy(COMPANION_DTYPES.get(group["weights"], param.dtype))
-        if companion != COMPANIONS["master"]:
-            made[companion].zero_()
+    for name, dtype in stage_dtypes(group, param).items():
+        if name != MASK_STATE and name not in existing:
+            new = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+            made[name] = new.zero_() if name in (COMPANIONS["kahan"], COMPANIONS["split"]) else new.copy_(param)
     return made
 
 
@@ -266,3 +267,20 @@ def check_parameter(group: Group, index: int) -> None:
             f"weights='split' cannot be had for parameter {index} of its group: float16 is not the upper half of a float32; "
             "use bfloat16, or weights='master'"
         )
+
+
+def stages_in_words(group: Group) -> tuple[str, ...]:
+    """What a group asks for, for people."""
+    weights, average = group.get("weights"), group.get("average")
+    l1 = group.get("l1")
+    asked = (
+        (group.get("max_grad_norm") is not None, f"clip by norm {group.get('max_grad_norm')}"),
+        (group.get("max_grad_value") is not None, f"clip by value {group.get('max_grad_value')}"),
+        (bool(l1), f"l1 {l1} ({group.get('l1_method') or 'proximal'})"),
+        (bool(group.get("anchor_decay")), f"pull to anchor {group.get('anchor_decay')}"),
+        (bool(group.get("masked")), "masks"),
+        (shrinks(group), f"decoupled weight decay {group.get('weight_decay')}"),
+        (average is not None, f"average ({average})"),
+        (weights is not None, f"weights {weights}"),
+    )
+    return tuple(words for asks, words in asked if asks)

@@ -23,6 +23,7 @@ from fused_opt.plan import Kept, Ran, plan
 from fused_opt.rules import Group, Rule
 from fused_opt.stages import GIVEN_OPTIONS, check_stage_options
 from fused_opt.states import STORAGE_OPTIONS, Format, asks_for_8bit, check_storage_options
+from fused_opt.weights import float32_weights
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
@@ -130,6 +131,10 @@ class FusedStep(torch.optim.Optimizer):
             RuntimeError: no group averages; or this context is entered already.
         """
         return average_weights(self)
+
+    def float32_weights(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Each parameter's value in float32, a new tensor, with what `weights="kahan"`, "split" or "master" keep beside it: to save or export."""
+        return float32_weights(self)
 
     def set_masks(self, masks: Mapping[torch.Tensor, torch.Tensor | None]) -> None:
         """Hold weights at zero from now on: see `fused_opt.attached.set_masks`, and `fused_opt.magnitude_masks` for what makes masks."""

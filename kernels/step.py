@@ -58,7 +58,8 @@ def update_tile(
         unscaled = tl.div_rn(g, grad_scale)
         tl.store(grad + at, unscaled.to(grad.dtype.element_ty), mask)
     if STAGES:
-        averages = t[stages.AVERAGE_WEIGHT] != 0.0  # else averages are neither loaded nor stored
+        # Whether averages are loaded and stored: a tile of equal whole numbers, of which the compiler knows that they are, for its accesses.
+        averages = tl.zeros((ROWS, SIZE), tl.int32) + tl.where(t[stages.AVERAGE_WEIGHT] != 0.0, 1, 0) != 0
         found = ()
         for k in tl.static_range(len(OPERAND_TYPES)):
             if OPERAND_TYPES[k] is None:

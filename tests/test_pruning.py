@@ -33,7 +33,7 @@ def distinct(*shapes: tuple[int, ...], seed: int = 0) -> Tensors:
     """Parameters whose magnitudes all differ, so that there is one answer to which of them are the smallest."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [torch.Size(shape).numel() for shape in shapes]
-    values = torch.randperm(sum(sizes), generator=generator) + 1.0
+    values = (torch.randperm(sum(sizes), generator=generator) + 1.0) * 0.1
     values *= torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
     return [torch.nn.Parameter(part.view(shape)) for part, shape in zip(values.split(sizes), shapes, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,16 +77,38 @@ SMALL = (Placed(1024 + 130), Placed(33), Placed(0), Placed(1060, offset=3), Plac
 LARGE = (Placed(2 * 8192 + 1024 + 17), Placed(1024), Placed(8192 + 1, offset=1), *SMALL)
 
 
+# Begin every gradient but the first, where a case asks for them.
+SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0)
+
+
 def step_by(
-    backend: str, use_backend: UseBackend, case: Case, format_: Format, layout: Sequence[Placed], steps: int, **options: Any
+    backend: str,
+    use_backend: UseBackend,
+    case: Case,
+    format_: Format,
+    layout: Sequence[Placed],
+    steps: int,
+    masks: bool = False,
+    special: bool = False,
+    **options: Any,
 ) -> torch.optim.Optimizer:
-    """An optimizer after so many steps. It proves that the backend ran them."""
+    """An optimizer after so many steps. It proves that the backend ran them.
+
+    With `masks` every parameter has one; with `special` gradients have infinities, NaN and zeros. Anchors are not the first weights.
+    """
     values, grads = make_problem([(placed.count,) for placed in layout], steps, format_.param)
+    for grad in (grad for step_grads in grads[1:] for grad in step_grads if special):
+        grad[: len(SPECIAL)] = torch.tensor(SPECIAL)[: len(grad)]
     use_backend(backend)
     params = [torch.nn.Parameter(placed.place(value)) for placed, value in zip(layout, values, strict=True)]
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], "lr": 0.05}]
-    optimizer: torch.optim.Optimizer = getattr(fused_opt, case.optimizer)(groups, **{**case.options, **format_.options, **options})
+    optimizer: Any = getattr(fused_opt, case.optimizer)(groups, **{**case.options, **format_.options, **options})
+    attached = [(param, 0.1 * placed.place(value.roll(1)), placed.place(value > -0.5)) for param, placed, value in zip(params, layout, values, strict=True)]
+    if "anchor_decay" in case.options:
+        optimizer.set_anchors({param: anchor for param, anchor, _ in attached})
+    if masks:
+        optimizer.set_masks({param: mask for param, _, mask in attached})
     for step_grads in grads:
         for param, placed, grad in zip(params, layout, step_grads, strict=True):
             param.grad = placed.place(grad)
