@@ -17,7 +17,7 @@ ALL_DTYPES = (*DTYPES, *SHORT_DTYPES)
 RULES: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.02, "amsgrad": True, "weight_decay": 0.1, "maximize": True},
     "AdamW": {"lr": 0.02, "weight_decay": 0.1},
-    "RMSprop": {"lr": 0.02, "momentum": 0.9, "centered": True, "eps": 1e-5},
+    "RMSprop": {"lr": 0.02, "momentum": 0.9, "eps": 1e-4},
     "SGD": {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
 }
 DECOUPLED = ("RMSprop", "SGD")  # whose weight decay is decoupled by a stage

@@ -296,7 +296,7 @@ const char* Batch::attach_stages(PyObject* param_state, Candidate& candidate, Te
     if (!read_state(static_cast<size_t>(candidate.index), 2 * layout_.slots.size() + 1 + static_cast<size_t>(k - kMask), tensor, s))
       return "a state is not a plain strided tensor, or lazily negated or conjugated";
     Format format = k == kMask ? Format::kBool : Format::kInt16;
-    const bool known = k == kMask                          ? s.kind == 't'
+    const bool known = k == kMask                         ? s.kind == 't'
                        : k == kCompanion && layout_.split ? s.kind == 'i' && s.bits == 16
                                                           : find_format(s, format);
     if (!same_shape(s, p) || is_complex(s) != is_complex(p) || !known) refuse_state(name, s, p);

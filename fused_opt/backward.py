@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     ModelOrParams = torch.nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
-# Modules that add up the gradients of all processes after a parameter's hooks have run. By name: importing them takes longer than all else.
+# Modules that add up the gradients of all processes after a parameter's hooks have run. By name, so that nothing has to be imported.
 _REDUCING_LATER = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 # What GradScaler sets for the duration of a step, and what makes it call step() in any case.
@@ -34,8 +34,8 @@ _PASS = "pass model, model.parameters() or model.named_parameters() first, and t
 def step_in_backward(model_or_params: ModelOrParams, optimizer: torch.optim.Optimizer) -> StepInBackward:
     """From now on `loss.backward()` steps each parameter as soon as its gradient is complete, and frees the gradient (`param.grad = None`).
 
-    The gradients of a model then never exist all at once, which saves up to 4 bytes a parameter in fp32; the results have the same bits as
-    those of a step after backward. After Lv et al., 2024, https://arxiv.org/abs/2306.09782, for all optimizers here.
+    The gradients of a model then never exist all at once, which saves up to 4 bytes a parameter in fp32; results have the bits of a step
+    after backward. After Lv et al., 2024, https://arxiv.org/abs/2306.09782 (LOMO), for all optimizers here.
 
         handle = fused_opt.step_in_backward(model, optimizer)
         for x, y in batches:                    # the loop stays as it is
@@ -47,8 +47,8 @@ def step_in_backward(model_or_params: ModelOrParams, optimizer: torch.optim.Opti
     `optimizer.step()` steps every parameter that has a gradient left: those that were not given here, those whose gradient did not come
     from backward, and those that got one only while accumulating. Options are read from `param_groups` at each step, so that schedules act;
     `state_dict`, `load_state_dict` and copies of the optimizer are what they were. Parameters that join later, by `add_param_group` or
-    `requires_grad_()`, are stepped by `optimizer.step()` until `handle.add(params)`. Each backward() is a step, unless `handle.accumulating()`
-    says otherwise. With `optimizer.step(closure)` the backward() in the closure steps.
+    `requires_grad_()`, are stepped by `optimizer.step()` until `handle.add(params)`. Each backward() is a step, unless
+    `handle.accumulating()` says otherwise. With `optimizer.step(closure)` the backward() in the closure steps.
 
     What runs between backward and step sees no gradients: `clip_grad_norm_`, logging of `param.grad`, hooks of `register_step_pre_hook` and
     `register_step_post_hook` (which run in `optimizer.step()` as always). Hooks of `register_post_accumulate_grad_hook` run in the order in
@@ -62,17 +62,17 @@ def step_in_backward(model_or_params: ModelOrParams, optimizer: torch.optim.Opti
         optimizer: one of fused_opt, which has all these parameters.
 
     Returns:
-        A handle, with which to accumulate and to remove this; `with` it, this ends with the context. It need not be kept, the optimizer must be.
+        A handle, with which to accumulate and to remove this; `with` it, this ends with the context. It need not be kept, but the
+        optimizer must be: without it nothing steps.
 
     Raises:
         TypeError: the optimizer is none of fused_opt; what was given is no module and no tensors.
         ValueError: a parameter is not in the optimizer, or twice; none of them requires gradients.
         RuntimeError: a parameter is stepped in backward already; the optimizer's class has a step of its own; or it cannot work: with
-            `max_grad_norm`, `differentiable`, GradScaler, DistributedDataParallel, FullyShardedDataParallel. Options and GradScaler's
-            attributes are looked at in each backward, too, which then raises; a scaled loss is noticed by `scaler.step()` only, after the
-            first backward has stepped with it.
-            What fails in backward leaves the parameter at fault, its states and its gradient as they were; those whose gradients were
-            complete before have been stepped.
+            `max_grad_norm`, `differentiable`, GradScaler, and DistributedDataParallel or FullyShardedDataParallel (whose mere parameters
+            are not recognised). Options and GradScaler's attributes are looked at in each backward, too, which then raises; a scaled loss
+            is noticed by `scaler.step()` only, after the first backward has stepped with it. What fails in backward leaves the parameter at
+            fault, its states and its gradient as they were; those whose gradients were complete before have been stepped.
     """
     handle = StepInBackward(optimizer)
     try:
@@ -103,7 +103,8 @@ class StepInBackward:
         if self._step_hook is None:
             raise RuntimeError("this handle was removed; call fused_opt.step_in_backward again")
         hooks = self._made(model_or_params)
-        self._hooks += [param.register_post_accumulate_grad_hook(hook) for param, hook in hooks.items()]
+        for param, hook in hooks.items():
+            self._hooks.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -160,8 +161,8 @@ class StepInBackward:
             for name in _SCALED:  # as the scaler does after a step
                 vars(optimizer).pop(name, None)
             raise RuntimeError(
-                "GradScaler cannot be used with step_in_backward: backward has stepped with scaled gradients, before the scaler knew whether "
-                "all of them are finite; restore the weights, train in bfloat16, which needs no scaler, or remove() the handle"
+                "GradScaler cannot be used with step_in_backward: backward has stepped with scaled gradients, before the scaler knew "
+                "whether all of them are finite; restore the weights, and train in bfloat16, which needs no scaler, or remove() the handle"
             )
         self._stepped = False
 
@@ -211,24 +212,23 @@ class _Hook:
         if "param_names" in group:
             group["param_names"] = [group["param_names"][index]]
         part: FusedStep = object.__new__(type(optimizer))
-        of_part = {"param_groups": [group], "_place": self._place, "_kept": self._kept}
-        vars(part).update(vars(optimizer), **of_part)
+        vars(part).update(vars(optimizer), param_groups=[group], _place=self._place, _kept=self._kept)
         self._kept = None
         part._run()
         self._kept = part._kept
-        vars(optimizer).update({name: value for name, value in vars(part).items() if name not in of_part})  # such as which code ran
+        optimizer._last_ran, optimizer._last_launched = part._last_ran, part._last_launched
 
 
 def _checked(optimizer: torch.optim.Optimizer) -> FusedStep:
     if not isinstance(optimizer, FusedStep):
         raise TypeError(
-            f"the optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}, which cannot step a parameter alone; make it with "
-            "fused_opt.AdamW or another class of fused_opt, and pass it second, after the model or its parameters"
+            f"the optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}, which cannot step a parameter alone; make it "
+            "with fused_opt.AdamW or another class of fused_opt, and pass it second, after the model or its parameters"
         )
     if type(optimizer).step is not FusedStep.step:
         raise RuntimeError(
-            f"{type(optimizer).__name__} has a step() of its own, which backward would not call; use the class that it is derived from, or the "
-            "normal loop"
+            f"{type(optimizer).__name__} has a step() of its own, which backward would not call; use the class that it is derived from, "
+            "or the normal loop"
         )
     if any(isinstance(getattr(hook, "__self__", None), StepInBackward) for hook in optimizer._optimizer_step_pre_hooks.values()):
         raise RuntimeError("the optimizer steps in backward already; add(params) to the handle that does, or remove() it")
@@ -240,17 +240,17 @@ def _check_options(optimizer: FusedStep) -> None:
     for number, group in enumerate(optimizer.param_groups):
         if group.get("max_grad_norm") is not None:
             raise RuntimeError(
-                f"group {number} has max_grad_norm={group['max_grad_norm']}, but the norm of all gradients is not known before the last one is "
-                "complete; use max_grad_value, or the normal loop"
+                f"group {number} has max_grad_norm={group['max_grad_norm']}, but the norm of all gradients is not known before the last "
+                "one is complete; use max_grad_value, or the normal loop"
             )
         if group.get("differentiable"):
             raise RuntimeError(
-                f"group {number} has differentiable=True, but a step in backward is not part of a graph; leave it out, or use the normal loop"
+                f"group {number} has differentiable=True, but a step in backward is in no graph; leave it out, or use the normal loop"
             )
     if _is_scaled(optimizer):
         raise RuntimeError(
-            "the optimizer has GradScaler's attributes (found_inf, grad_scale), but whether all gradients are finite is not known before the "
-            "last one is complete; train in bfloat16, which needs no scaler, or use the normal loop"
+            "the optimizer has GradScaler's attributes (found_inf, grad_scale), but whether all gradients are finite is not known before "
+            "the last one is complete; train in bfloat16, which needs no scaler, or use the normal loop"
         )
 
 
@@ -264,9 +264,9 @@ def _tensors(model_or_params: ModelOrParams) -> list[torch.Tensor]:
             for cls in type(module).__mro__:
                 if cls.__name__ in _REDUCING_LATER and cls.__module__.startswith("torch."):
                     raise RuntimeError(
-                        f"{f'the module {name!r}' if name else 'the model'} is a {cls.__name__}, which adds up the gradients of all processes "
-                        "only after their hooks; use the normal loop, or do without it and average param.grad in a hook of your own that is "
-                        "registered (register_post_accumulate_grad_hook) before this call"
+                        f"{f'the module {name!r}' if name else 'the model'} is a {cls.__name__}, which adds up the gradients of all "
+                        "processes only after their hooks; use the normal loop, or do without it and average param.grad in a hook of your "
+                        "own that is registered (register_post_accumulate_grad_hook) before this call"
                     )
         return list(model_or_params.parameters())
     if isinstance(model_or_params, torch.Tensor) or not isinstance(model_or_params, Iterable):

@@ -342,6 +342,9 @@ def test_of_some_groups_only() -> None:
     optimizer.set_masks({params[1]: torch.arange(6) < 3, params[2]: None})
     assert ["masked" in group for group in optimizer.param_groups] == [False, True]
     assert list(optimizer.state) == [params[1]], "no empty states for the others"
+    optimizer.set_masks({params[1]: None})
+    assert list(optimizer.state) == [], "nor where there was nothing but a mask"
+    optimizer.set_masks({params[1]: torch.arange(6) < 3})
     step_with(optimizer, [torch.ones_like(param) for param in params])
     plain = distinct((4, 5), (6,), (7,))
     for param, other, kept in zip(params, plain, (1, torch.arange(6) < 3, 1), strict=True):

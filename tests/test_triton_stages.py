@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 
 from fused_opt.bench.cases import Case
-from test_triton_ptx import OnGpu, on_gpu  # noqa: F401
-from triton_steps import BF16, BF16_INT8, FP16, FP32, FP32_INT8, LARGE, SMALL, Format, UseBackend, compare
-
-# Each stage by itself, and the formats of a parameter that can have it.
-ALONE: dict[str, tuple[dict[str, Any], tuple[Format, ...]]] = {
-    "clip": ({"max_grad_value": 0.01}, (FP32, BF16)),
-    "subgradient": ({"l1": 0.05, "l1_method": "subgradient"}, (FP32, BF16)),
-    "proximal": ({"l1": 0.1}, (FP32, BF16)),
-    "anchor": ({"anchor_decay": 0.3}, (FP32, BF16)),
-    "masks": ({"masks": True}, (FP32, BF16)),
-    "ema": ({"average": "ema", "average_decay": 0.7}, (FP32, BF16, FP16)),
-    "swa": ({"average": "swa", "average_start": 1, "average_every": 2}, (FP32, BF16)),
-    "stochastic": ({"weights": "stochastic", "rounding_seed": 2**24 - 1}, (BF16,)),
-    "kahan": ({"weights": "kahan"}, (BF16, FP16)),
-    "split": ({"weights": "split"}, (BF16,)),
-    "master": ({"weights": "master"}, (BF16, FP16)),
-}
+from test_triton_ptx import ARCHITECTURES, OnGpu, on_gpu  # noqa: F401
+from triton_steps import BF16, BF16_INT8, LARGE, SMALL, STAGES_TOGETHER, Format, UseBackend, compare, stages_of_all_rules
 
 
+@pytest.mark.parametrize(("format_", "case"), STAGES_TOGETHER, ids=str)
+def test_together(format_: Format, case: Case, use_backend: UseBackend, on_gpu: OnGpu) -> None:  # noqa: F811
+    launcher = on_gpu(90)
+    compare(use_backend, case, format_, LARGE, steps=3)
+    assert launcher.statistics.loaded[16] + launcher.statistics.loaded[8] > 0, "most of it by wide accesses"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize(("options", "format_"), [(options, format_) for options, formats in ALONE.values() for format_ in formats], ids=str)
-def test_alone(options, format_, special, use_backend, on_gpu):
+@pytest.mark.parametrize(("format_", "case"), stages_of_all_rules(), ids=str)
+def test_alone(format_: Format, case: Case, special: bool, use_backend: UseBackend, on_gpu: OnGpu) -> None:  # noqa: F811
     on_gpu(90)
-    masks = options.get("masks", False)
-    compare(use_backend, Case("SGD", {"momentum": 0.9, **{k: v for k, v in options.items() if k != "masks"}}), format_, SMALL, steps=4, masks=masks, special=special)
+    compare(use_backend, case, format_, LARGE, steps=4, special=special)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [32, 128, 1024, 4096])
+def test_draws_of_blocks(block_size: int, use_backend: UseBackend, on_gpu: OnGpu) -> None:  # noqa: F811
+    """Blocks of codes are shorter or longer than those that share a draw of random numbers."""
+    on_gpu(90)
+    compare(use_backend, Case("AdamW", {"weights": "stochastic"}), BF16_INT8, LARGE, steps=2, block_size=block_size)

@@ -58,6 +58,47 @@ FORMATS = (
 )
 
 
+# Every stage by itself: options, and the formats of a parameter that can have it. `masks`: see `step_by`.
+STAGES: tuple[tuple[dict[str, Any], tuple[Format, ...]], ...] = (
+    ({"max_grad_value": 0.01}, (FP32, BF16)),
+    ({"l1": 0.05, "l1_method": "subgradient"}, (FP32, BF16)),
+    ({"l1": 0.1}, (FP32, BF16)),
+    ({"anchor_decay": 0.3}, (FP32, BF16)),
+    ({"masks": True}, (FP32, BF16)),
+    ({"decoupled_weight_decay": True, "weight_decay": 0.1}, (FP32, BF16)),
+    ({"average": "ema", "average_decay": 0.7}, (FP32, BF16, FP16)),
+    ({"average": "swa", "average_start": 1, "average_every": 2}, (FP32, BF16)),
+    ({"weights": "stochastic", "rounding_seed": 2**24 - 1}, (BF16,)),
+    ({"weights": "kahan"}, (BF16, FP16)),
+    ({"weights": "split"}, (BF16,)),
+    ({"weights": "master"}, (BF16, FP16)),
+)
+_ADAM = {"weight_decay": 0.1, "max_grad_value": 0.1, "l1": 0.02, "l1_method": "subgradient", "anchor_decay": 0.1, "masks": True}
+_RMSPROP = {"momentum": 0.9, "decoupled_weight_decay": True, "weight_decay": 0.1, "l1": 0.05, "masks": True}
+_SGD = {"momentum": 0.9, "nesterov": True, "maximize": True, "anchor_decay": 0.1, "l1": 0.01}
+# Many together, with each of what weights can be.
+STAGES_TOGETHER = (
+    (Format(torch.bfloat16, torch.float32), Case("AdamW", {**_ADAM, "average": "ema", "weights": "stochastic"})),
+    (BF16_INT8, Case("RMSprop", {**_RMSPROP, "average": "swa", "average_start": 1, "weights": "split"})),
+    (FP16, Case("SGD", {**_SGD, "max_grad_value": 0.5, "average": "ema", "weights": "kahan"})),
+    (FP32_INT8, Case("Adam", {**_ADAM, "amsgrad": True, "average": "ema"})),
+    (Format(torch.float16, "int8"), Case("AdamW", {"masks": True, "average": "swa", "average_every": 2, "weights": "master"})),
+)
+
+
+def stages_of_all_rules() -> list[tuple[Format, Case]]:
+    """Every stage with every rule and every format of states."""
+    rules = {name: {} for name in ("Adam", "AdamW", "RMSprop")} | {"SGD": {"momentum": 0.9}}
+    return [
+        (format_, Case(rule, {**options, **stage}))
+        for stage, formats in STAGES
+        for rule, options in rules.items()
+        if rule != "AdamW" or "decoupled_weight_decay" not in stage
+        for format_ in FORMATS
+        if Format(format_.param) in formats
+    ]
+
+
 @dataclass(frozen=True)
 class Placed:
     """A tensor of so many elements that begins so many elements behind an address that is a multiple of 64 bytes."""
@@ -88,14 +129,16 @@ def step_by(
     format_: Format,
     layout: Sequence[Placed],
     steps: int,
-    masks: bool = False,
     special: bool = False,
     **options: Any,
 ) -> torch.optim.Optimizer:
     """An optimizer after so many steps. It proves that the backend ran them.
 
-    With `masks` every parameter has one; with `special` gradients have infinities, NaN and zeros. Anchors are not the first weights.
+    With a case's option `masks` every parameter has one; with `special` gradients have infinities, NaN and zeros. Anchors are not the
+    first weights.
     """
+    options = {**case.options, **format_.options, **options}
+    masks = options.pop("masks", False)
     values, grads = make_problem([(placed.count,) for placed in layout], steps, format_.param)
     for grad in (grad for step_grads in grads[1:] for grad in step_grads if special):
         grad[: len(SPECIAL)] = torch.tensor(SPECIAL)[: len(grad)]
@@ -103,12 +146,11 @@ def step_by(
     params = [torch.nn.Parameter(placed.place(value)) for placed, value in zip(layout, values, strict=True)]
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], "lr": 0.05}]
-    optimizer: Any = getattr(fused_opt, case.optimizer)(groups, **{**case.options, **format_.options, **options})
-    attached = [(param, 0.1 * placed.place(value.roll(1)), placed.place(value > -0.5)) for param, placed, value in zip(params, layout, values, strict=True)]
-    if "anchor_decay" in case.options:
-        optimizer.set_anchors({param: anchor for param, anchor, _ in attached})
+    optimizer: Any = getattr(fused_opt, case.optimizer)(groups, **options)
+    if "anchor_decay" in options:
+        optimizer.set_anchors({param: 0.1 * value.roll(1) for param, value in zip(params, values, strict=True)})
     if masks:
-        optimizer.set_masks({param: mask for param, _, mask in attached})
+        optimizer.set_masks({param: value > -0.5 for param, value in zip(params, values, strict=True)})
     for step_grads in grads:
         for param, placed, grad in zip(params, layout, step_grads, strict=True):
             param.grad = placed.place(grad)

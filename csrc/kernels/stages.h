@@ -43,31 +43,50 @@ template <class F>
   for (int64_t i = 0; i < count; ++i) f(i);
 }
 
-// A companion is what is missing from the weight as it is stored (Kahan; Zamirai et al. 2020, https://arxiv.org/abs/2010.06192), the lower
-// half of the float whose upper half the weight is (split), or the float itself (master; Micikevicius et al. 2017,
-// https://arxiv.org/abs/1710.03740). A weight that somebody has changed since counts: its companion is then added to the new one, or gives
-// way to it.
-template <class Value>
-struct Companion {
-  static float join(unsigned flags, float weight, float companion) {
-    if (flags & stage::kKahan) return weight + companion;
-    if (flags & stage::kSplit) return float_of(bits_of(weight) + static_cast<uint32_t>(static_cast<int32_t>(companion)));
-    const float stored = nearest<Value>(companion);
-    return stored == weight || (weight != weight && stored != stored) ? companion : weight;
-  }
+// Companions of a weight, which is one of the values that its format has. `join` makes the number that they stand for together, and `part`
+// the two of it. A weight that somebody has changed since counts: a companion is added to the new one, or gives way to it.
 
-  // The weight. A split one is rounded to nearest, and ties away from zero, so that 16 bits with sign have the rest.
-  static float part(unsigned flags, float p, float& companion) {
-    if (flags & stage::kSplit) {
-      const uint32_t bits = bits_of(p), upper = p == p ? (bits + 0x8000) & 0xffff0000 : 0x7fc00000;
-      companion = p == p ? static_cast<float>(static_cast<int32_t>(bits - upper)) : 0.0f;
-      return float_of(upper);
-    }
+// What the weight's rounding left out, itself rounded (Zamirai et al. 2020, https://arxiv.org/abs/2010.06192).
+template <class Value>
+struct Kahan {
+  static float join(float weight, float companion) { return weight + companion; }
+  static float part(float p, float& companion) {
     const float weight = nearest<Value>(p), rest = p - weight;
-    companion = flags & stage::kMaster ? p : rest == rest ? rest : 0.0f;
+    companion = rest == rest ? rest : 0.0f;  // not between infinities
     return weight;
   }
 };
+
+// The lower half of the float, of which a bfloat16 is the upper half. It is rounded to nearest, ties away from zero, so that 16 bits with
+// sign have the rest.
+struct Split {
+  static float join(float weight, float companion) {
+    return float_of(bits_of(weight) + static_cast<uint32_t>(static_cast<int32_t>(companion)));
+  }
+  static float part(float p, float& companion) {
+    const uint32_t bits = bits_of(p), upper = p == p ? (bits + 0x8000) & 0xffff0000 : 0x7fc00000;
+    companion = p == p ? static_cast<float>(static_cast<int32_t>(bits - upper)) : 0.0f;
+    return float_of(upper);
+  }
+};
+
+// The float itself (Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740).
+template <class Value>
+struct Master {
+  static float join(float weight, float companion) { return nearest<Value>(companion) == weight ? companion : weight; }
+  static float part(float p, float& companion) {
+    companion = p;
+    return nearest<Value>(p);
+  }
+};
+
+template <class F>
+[[gnu::always_inline]] inline void with_companion(unsigned flags, Format format, F f) {
+  const bool is_half = format == Format::kFloat16;
+  if (flags & stage::kSplit) f(Split());
+  if (flags & stage::kKahan) is_half ? f(Kahan<Float16>()) : f(Kahan<BFloat16>());
+  if (flags & stage::kMaster) is_half ? f(Master<Float16>()) : f(Master<BFloat16>());
+}
 
 // Elements that share a draw of random numbers.
 constexpr int64_t kDraw = 256;
@@ -96,32 +115,25 @@ template <class T>
 void before(unsigned flags, const double* s, const Tile& tile) {
   void *const param = tile.operands[kParam], *const grad = tile.operands[kGrad];
   const void *const mask = tile.operands[kMask], *const anchor = tile.operands[kAnchor], *const companion = tile.operands[kCompanion];
-  if constexpr (sizeof(T) == sizeof(float)) {
-    const auto join = [=](auto value) {
-      using Value = decltype(value);
+  if constexpr (sizeof(T) == sizeof(float))
+    with_companion(flags, tile.format, [=, &tile](auto kind) {
       for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
-        store(param, i, Companion<Value>::join(flags, load<float>(param, i), load<float>(companion, i)));
+        store(param, i, decltype(kind)::join(load<float>(param, i), load<float>(companion, i)));
       });
-    };
-    if (flags & stage::kWithCompanion) tile.format == Format::kFloat16 ? join(Float16()) : join(BFloat16());
-  }
+    });
   if (flags & stage::kOfGradient) {
     const T factor = T(s[stage::kFactor]), limit = T(s[stage::kLimit]), l1 = T(s[stage::kL1]), decay = T(s[stage::kAnchorDecay]);
-    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
-      store(grad, i, clamp(load<T>(grad, i) * factor, limit));
-    });
+    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) { store(grad, i, clamp(load<T>(grad, i) * factor, limit)); });
     if (flags & stage::kSubgradient)
-      for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
-        store(grad, i, load<T>(grad, i) + l1 * sign_of(load<T>(param, i)));
-      });
+      for_each(tile.count,
+               [=](int64_t i) __attribute__((always_inline)) { store(grad, i, load<T>(grad, i) + l1 * sign_of(load<T>(param, i))); });
     if (flags & stage::kPull)
       for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
         store(grad, i, fma(decay, load<T>(param, i) - load<T>(anchor, i), load<T>(grad, i)));
       });
     if (flags & stage::kMasked)
-      for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
-        store(grad, i, load<T>(mask, i) != 0 ? load<T>(grad, i) : T(0));
-      });
+      for_each(tile.count,
+               [=](int64_t i) __attribute__((always_inline)) { store(grad, i, load<T>(mask, i) != 0 ? load<T>(grad, i) : T(0)); });
   }
   if (flags & stage::kShrink) {
     const T keep = T(s[stage::kKeep]);
@@ -136,42 +148,36 @@ void after(unsigned flags, const double* s, const Tile& tile) {
   const void* const mask = tile.operands[kMask];
   if (flags & stage::kProximal) {
     const T threshold = T(s[stage::kThreshold]);
-    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
-      store(param, i, soft_threshold(load<T>(param, i), threshold));
-    });
+    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) { store(param, i, soft_threshold(load<T>(param, i), threshold)); });
   }
   if (flags & stage::kMasked)
-    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
-      store(param, i, load<T>(mask, i) != 0 ? load<T>(param, i) : T(0));
-    });
-  const auto with_value = [&tile](auto f) { tile.format == Format::kFloat16 ? f(Float16()) : f(BFloat16()); };
-  const bool is_short = tile.format == Format::kBFloat16 || tile.format == Format::kFloat16;
+    for_each(tile.count,
+             [=](int64_t i) __attribute__((always_inline)) { store(param, i, load<T>(mask, i) != 0 ? load<T>(param, i) : T(0)); });
   if constexpr (sizeof(T) == sizeof(float)) {
+    const auto round = [=, &tile](auto value) {
+      for_each(tile.count,
+               [=](int64_t i) __attribute__((always_inline)) { store(param, i, nearest<decltype(value)>(load<float>(param, i))); });
+    };
     if (flags & stage::kStochastic)
       round_stochastically(s, tile, static_cast<float*>(param));
-    else if (is_short && !(flags & stage::kWithCompanion))  // an average is one of weights as they are stored
-      with_value([=, &tile](auto value) {
-        for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
-          store(param, i, nearest<decltype(value)>(load<float>(param, i)));
-        });
-      });
+    else if (flags & stage::kAveraged && !(flags & stage::kWithCompanion)) {  // it is one of weights as they are stored
+      if (tile.format == Format::kBFloat16) round(BFloat16());
+      if (tile.format == Format::kFloat16) round(Float16());
+    }
   }
   if (flags & stage::kAveraged && s[stage::kAverageWeight] != 0) {
     const Lerp<T> lerp{static_cast<T>(s[stage::kAverageWeight])};
-    for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
-      store(average, i, lerp(load<T>(average, i), load<T>(param, i)));
-    });
+    for_each(tile.count,
+             [=](int64_t i) __attribute__((always_inline)) { store(average, i, lerp(load<T>(average, i), load<T>(param, i))); });
   }
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (flags & stage::kWithCompanion)
-      with_value([=, &tile](auto value) {
-        for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
-          float rest;
-          store(param, i, Companion<decltype(value)>::part(flags, load<float>(param, i), rest));
-          store(companion, i, rest);
-        });
+  if constexpr (sizeof(T) == sizeof(float))
+    with_companion(flags, tile.format, [=, &tile](auto kind) {
+      for_each(tile.count, [=](int64_t i) __attribute__((always_inline)) {
+        float rest;
+        store(param, i, decltype(kind)::part(load<float>(param, i), rest));
+        store(companion, i, rest);
       });
-  }
+    });
 }
 
 // Sixteen sums in vectors of four, whatever those of the processor are, so that the bits do not depend on them. In double the squares of

@@ -259,6 +259,8 @@ FLOATS: list[Case] = [
     ("setp.neu.bf16 %p0, %h1, %h2", [HALVES, HALVES], lambda x, y: f(x << 16) != f(y << 16)),
     ("setp.lt.bf16 %p0, %h1, %h2", [HALVES, HALVES], lambda x, y: f(x << 16) < f(y << 16)),
     ("setp.geu.f16 %p0, %h1, 0x3C00", [range(0, 65536, 7)], lambda x: not float(np.uint16(x).view(np.float16)) < 1),
+    ("setp.lt.bf16x2 %p0|%p1, %r1, %r2", [SINGLES, SINGLES], lambda x, y: f(x << 16 & 2**32 - 1) < f(y << 16 & 2**32 - 1)),
+    ("setp.neu.bf16x2 %p1|%p0, %r1, %r2", [SINGLES, SINGLES], lambda x, y: f(x >> 16 << 16) != f(y >> 16 << 16)),
     ("mov.b64 %d0, {%r1, %r2}", [edges(32)] * 2, lambda x, y: x | y << 32),
     ("mov.b64 {_, %r0}, %d1", [edges(64)], lambda x: x >> 32),
     ("mov.b32 {%h0, _}, %r1", [edges(32)], lambda x: x),

@@ -47,6 +47,8 @@ class Sink:
 
 @dataclass(frozen=True)
 class Vector:
+    """Registers for the parts of a value, or a pair of predicates."""
+
     items: tuple[Register | Immediate | Sink, ...]
 
 
@@ -193,6 +195,12 @@ class _Body:
         return operands
 
     def _operand(self, text: str) -> Operand:
+        if "|" in text:
+            found = [self._find(name) for name in text.split("|")]
+            predicates = tuple(register for register in found if register is not None and register.bits == 1)
+            if len(predicates) != len(found):
+                raise UnsupportedPtxError(f"operand {text}")
+            return Vector(predicates)
         if text[0] == "{":
             items = tuple(self._operand(item.strip()) for item in text[1:-1].split(","))
             plain = tuple(item for item in items if isinstance(item, Register | Immediate | Sink))

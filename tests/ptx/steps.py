@@ -15,6 +15,7 @@ from ptx.types import TYPES, Array, Type
 from ptx.warps import decode_exchange
 
 _CACHE_POLICY = re.compile(r"createpolicy\.fractional\.L2::evict_\w+\.b64")
+_COMPARISON_OF_TWO = re.compile(r"(setp\.\w+\.b?f16)x2")
 _NOT_EXACT = re.compile(r"\.(?:approx|full|ftz)\b")
 
 
@@ -53,6 +54,8 @@ def _decode_computation(instruction: Instruction) -> Step | None:
     if _CACHE_POLICY.fullmatch(opcode):
         write = writer(instruction, operands[0], TYPES["b64"])
         return lambda threads: write(threads, np.zeros(1, dtype=np.uint64))
+    if (match := _COMPARISON_OF_TWO.fullmatch(opcode)) and match[1] in OPERATIONS:
+        return _compare_two(instruction, OPERATIONS[match[1]])
     operation = THREE_OPERANDS.get(opcode) if len(operands) == 4 else None
     operation = operation or OPERATIONS.get(opcode)
     return _compute(instruction, operation) if operation else None
@@ -65,6 +68,23 @@ def _compute(instruction: Instruction, operation: Operation) -> Step:
     readers = [reader(instruction, source, type_) for source, type_ in zip(sources, operation.operands, strict=True)]
     write, compute = writer(instruction, result, operation.result), operation.compute
     return lambda threads: write(threads, compute(*[read(threads) for read in readers]))
+
+
+def _compare_two(instruction: Instruction, operation: Operation) -> Step:
+    """The halves of registers, each with a predicate of its own: the first is that of the lowest bits."""
+    result, *sources = instruction.operands
+    if not isinstance(result, Vector) or len(result.items) != 2 or len(sources) != 2:
+        raise instruction.refuse("operands")
+    pair = TYPES[f"{operation.operands[0].name}x2"]
+    readers = [reader(instruction, source, pair) for source in sources]
+    writers = [writer(instruction, item, operation.result) for item in result.items]
+
+    def execute(threads: Threads) -> None:
+        values = [read(threads) for read in readers]
+        for k, write in enumerate(writers):
+            write(threads, operation.compute(*[value[:, k] for value in values]))
+
+    return execute
 
 
 def _regroup(instruction: Instruction, whole: Type) -> Step:
