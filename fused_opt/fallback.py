@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from fused_opt.native import native
 from fused_opt.plain_stages import Staged
+from fused_opt.rules import eps_of
 from fused_opt.stages import LOW_PRECISION, OF_WEIGHTS, has_stages, shrinks, stage_flags
 from fused_opt.states import asked_for, format_asked_for, is_codes
 
@@ -93,7 +94,11 @@ def step(optimizer: FusedStep, groups: list[GroupPlan], grad_scale: torch.Tensor
         _staged(optimizer, groups, factor) if staged else contextlib.nullcontext(),
     ):
         parts = [[share for group in groups for share in _shares(group, sparse)] for sparse in (False, True)]
-        if all(group.batch is None for group in groups) and not all(parts) and not any(shrinks(group.group) for group in groups):
+        if (
+            all(group.batch is None for group in groups)
+            and not all(parts)
+            and all(_for_torch(group.group) is group.group for group in groups)
+        ):
             torch_step(optimizer)
             return
         for shares in parts:  # sparse ones last: they are not put back, but they have been checked
@@ -206,12 +211,20 @@ def _only(optimizer: FusedStep, groups: list[Group]) -> Iterator[None]:
             setattr(optimizer, name, value)
 
 
+def _for_torch(group: Group) -> Group:
+    """The group as torch is to see it, which does not know our options; itself if that is how it is."""
+    changes = {"weight_decay": 0} if shrinks(group) else {}
+    if group.get("masked") and "alpha" in group:
+        changes["eps"] = eps_of(group)
+    return {**group, **changes} if changes else group
+
+
 def _shares(plan: GroupPlan, sparse: bool) -> Iterator[Group]:
     params = [plan.group["params"][index] for index, _ in plan.declined]
     params = [p for p in params if (p.grad is not None and p.grad.layout != torch.strided) == sparse]
     on_cpu = [p for p in params if p.device.type == "cpu"]
     elsewhere = [p for p in params if p.device.type != "cpu"]
-    group = {**plan.group, "weight_decay": 0} if shrinks(plan.group) else plan.group
+    group = _for_torch(plan.group)
     if on_cpu:
         # torch's fused CPU kernels misread strides and lose 16-bit updates (pytorch 191763): the for-loop is the one to trust.
         yield {**group, "params": on_cpu, **{option: False for option in ("foreach", "fused") if option in group}}

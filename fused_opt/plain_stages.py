@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ class Staged:
         """`factor`: what the gradient is multiplied with, beside its sign, which is torch's concern."""
         self._param, self._state, self._group, self._rule = group["params"][index], state, group, rule
         self._flags = stages.stage_flags(group)
-        if state and is_fresh(rule, group, state):  # torch makes its states only where there are none at all
+        if rule.zero_states and state and is_fresh(rule, group, state):  # torch makes its states only where there are none at all
             state.update(new_state(rule, group, index, state))
         counter = stages.counter_of(rule, group)
         step = float(state[counter]) + 1 if counter in state else 1.0
@@ -35,7 +36,7 @@ class Staged:
         sign = -1.0 if self._group["maximize"] else 1.0  # torch will turn it round; what is added here must not be
         if s[stages.FACTOR] != 1:
             grad = grad * s[stages.FACTOR]
-        if flags & stages.CLAMP:
+        if flags & stages.CLAMP and s[stages.LIMIT] < math.inf:
             grad = grad.clamp(-s[stages.LIMIT], s[stages.LIMIT])
         if flags & stages.SUBGRADIENT:
             grad = grad.add(p.sign(), alpha=sign * s[stages.L1])

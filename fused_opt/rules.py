@@ -139,8 +139,16 @@ def _rmsprop_flags(group: Group, fresh: bool) -> int:
     return CENTERED * bool(group["centered"]) + RMSPROP_MOMENTUM * (float(group["momentum"]) > 0) + RMSPROP_L2 * _decays(group)
 
 
+def eps_of(group: Group) -> float:
+    """RMSprop's. Not zero where weights have masks: their momentum would be 0 / 0, and with it their whole block of 8-bit codes.
+
+    The smallest normal float changes nothing beside any other square root of a float, which is at least 3.7e-23.
+    """
+    return float(group["eps"]) or (2.0**-126 if group.get("masked") else 0.0)
+
+
 def _rmsprop_constants(group: Group) -> tuple[float, ...]:
-    return _sign(group), float(group["weight_decay"]), float(group["alpha"]), float(group["eps"]), float(group["momentum"])
+    return _sign(group), float(group["weight_decay"]), float(group["alpha"]), eps_of(group), float(group["momentum"])
 
 
 def rmsprop_scalars(constants, lr, step, factor, power, root):  # type: ignore[no-untyped-def]

@@ -156,7 +156,7 @@ def stage_flags(group: Group) -> int:
     subgradient = group.get("l1_method") == "subgradient"
     weights = group.get("weights")
     return (
-        CLAMP * (group.get("max_grad_value") is not None)
+        CLAMP * (group.get("max_grad_value") is not None or bool(group.get("masked")))  # of parameters without a mask, for the factor
         + SUBGRADIENT * (l1 != 0 and subgradient)
         + ANCHOR * bool(group.get("anchor_decay"))
         + MASK * bool(group.get("masked"))
@@ -254,8 +254,8 @@ def new_stage_states(group: Group, param: torch.Tensor, existing: Mapping[str, A
 def check_parameter(group: Group, index: int) -> None:
     """Raise ValueError if a parameter of the group cannot have what the group asks for."""
     param, flags = group["params"][index], stage_flags(group)
-    if param.is_complex() and flags & (CLAMP | SUBGRADIENT | PROXIMAL | MASK):
-        names = "max_grad_value, l1 and masks"
+    if param.is_complex() and (group.get("max_grad_value") is not None or flags & (SUBGRADIENT | PROXIMAL)):
+        names = "max_grad_value and l1"
         raise ValueError(f"parameter {index} of its group is {param.dtype}, for which {names} have no meaning; put it in a group without")
     if flags & STOCHASTIC and param.dtype == torch.float16:
         raise ValueError(

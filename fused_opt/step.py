@@ -36,6 +36,40 @@ class FusedStep(torch.optim.Optimizer):
 
     Parameters that the native code does not serve are stepped by torch's own code on the same state; `fused_opt.explain` says which,
     and why.
+
+    Options beside torch's own are keyword arguments, and can be given for each group; what is left out is as in torch. How states are
+    stored: `state_dtype`, `block_size`, `min_8bit_size` (see `AdamW8bit`). What is done in the same pass over memory, in the order of
+    `fused_opt.stages`, with g the gradient, p the weight:
+
+    Args:
+        max_grad_norm: g is multiplied with min(1, max_grad_norm / (norm + 1e-6)), as by torch.nn.utils.clip_grad_norm_ but that `.grad`
+            stays as it is (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063). One norm of all gradients of all groups, for which they
+            are read once more; `last_grad_norm` has it. inf only measures. `reduce_grad_norm`, if set, is called with the sum of squares
+            (the largest magnitude), a float64 tensor without dimensions, to combine it with those of other ranks: it changes the tensor in
+            place or returns another.
+        grad_norm_type: 2 (the default), or inf: the largest magnitude.
+        nonfinite_grad_norm: what a norm that is infinite or NaN means: "as_torch" (the default: weights become NaN), "raise" a
+            RuntimeError before anything is changed, or "skip" the step.
+        max_grad_value: after that g is clamped to [-max_grad_value, max_grad_value], as by torch.nn.utils.clip_grad_value_.
+        l1: adds l1 * |p| to the loss. With l1_method="proximal" (the default) p is moved towards zero by lr * l1 after the update, and is
+            exactly zero where it would pass it (Parikh and Boyd 2014, https://doi.org/10.1561/2400000003); with "subgradient" l1 * sign(p)
+            is added to g.
+        anchor_decay: adds anchor_decay / 2 * |p - anchor|^2 to the loss: g + anchor_decay * (p - anchor) (L2-SP: Li et al. 2018,
+            https://arxiv.org/abs/1802.01483). The anchor is the weight at the first step, or what `set_anchors` was given.
+        decoupled_weight_decay: of RMSprop and SGD, as torch's Adam has it: p is multiplied with 1 - lr * weight_decay before the update,
+            and g stays as it is (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101).
+        average: "ema": average = average_decay * average + (1 - average_decay) * p after the update (Polyak and Juditsky 1992), or "swa":
+            the mean of all p so far (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407); the first average is p. As
+            torch.optim.swa_utils has them. See `average_weights`.
+        average_decay: default 0.999.
+        average_start, average_every: steps before the first average (default 0), and from one to the next (default 1).
+        weights: what bfloat16 and float16 weights are, whose updates are lost where they are smaller than half the distance to the next
+            such number. None: rounded to the nearest. "stochastic": rounded up or down, right on average (bfloat16; Gupta et al. 2015,
+            https://arxiv.org/abs/1502.02551), by counters: the same for any number of threads, and after a resume. "kahan": 16 more bits
+            have what was rounded off (Zamirai et al. 2020, https://arxiv.org/abs/2010.06192). "split": 16 more bits, with which the weight
+            is the exact float32 (bfloat16). "master": float32 weights beside them (Micikevicius et al. 2017,
+            https://arxiv.org/abs/1710.03740). Weights of other dtypes stay as they are. See `float32_weights`.
+        rounding_seed: of "stochastic"; from 0 (the default) to 2^24 - 1.
     """
 
     _rule: ClassVar[Rule]
@@ -133,7 +167,7 @@ class FusedStep(torch.optim.Optimizer):
         return average_weights(self)
 
     def float32_weights(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Each parameter's value in float32, a new tensor, with what `weights="kahan"`, "split" or "master" keep beside it: to save or export."""
+        """Each parameter's value in float32, a new tensor, with what `weights="kahan"`, "split" or "master" keep beside it: to export."""
         return float32_weights(self)
 
     def set_masks(self, masks: Mapping[torch.Tensor, torch.Tensor | None]) -> None:
