@@ -73,6 +73,9 @@ def _step_traffic(variant: Any) -> Traffic:
     of = variant.constants
     param, grad, *states = (kind.primitive_bitwidth // 8 for kind in (of["PARAM_TYPE"], of["GRAD_TYPE"], *of["STATE_TYPES"]))
     streams = ((param, 2), (grad, 1 + of["UNSCALE"]), *((state, 2) for state in states))
+    # Of what stages use, mask and anchor are only loaded.
+    stages = ((kind.primitive_bitwidth // 8, times) for kind, times in zip(of["OPERAND_TYPES"], (1, 1, 2, 2), strict=False) if kind)
+    streams = (*streams, *stages)
     return Traffic(of["ROWS"] * of["SIZE"], streams, of["SIZE"], 2 * 4 * len(states) if of["CODED"] else 0)
 
 
@@ -93,6 +96,8 @@ _TRAFFIC: dict[str, Callable[[Any], Traffic | None]] = {
     "dequantize": _quantization_traffic,
     "largest_magnitudes": lambda variant: None,
     "compute_scalars": lambda variant: None,
+    "measure_gradients": lambda variant: None,  # it is, but each program ends with a reduction
+    "combine_partials": lambda variant: None,
 }
 
 

@@ -1,4 +1,4 @@
-"""Times what `fused_opt` does within a step (clip, regularise, mask, average, weights in 16 bits) beside what a user of torch writes for it.
+"""Times what `fused_opt` does within a step (clip, regularise, mask, average, weights in 16 bits) beside what a user of torch writes.
 
 Both sides take their steps in turn, in this process. Before that, both take a few from the same values, which must lead to the same place.
 """
@@ -115,7 +115,9 @@ def distance(job: PassJob, ours: Loop, torchs: Loop, grads: Sequence[torch.Tenso
         way.append(place(torchs, indices))
     moved = torch.stack([(after - before).abs() for before, after in itertools.pairwise(way)]).sum(0)
     magnitude = torch.stack(way).abs().amax(0) + moved
-    return largest((place(ours, indices) - way[-1]).abs() / (job.detour * moved + job.rounding * magnitude))
+    allowed = job.detour * moved + job.rounding * magnitude
+    apart = (place(ours, indices) - way[-1]).abs()
+    return largest(torch.where(apart == 0, 0.0, apart / allowed))  # of pruned weights nothing is allowed
 
 
 def place(loop: Loop, indices: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 import fused_opt
-from fused_opt.bench.speed_plan import STATES
 
 DECOUPLED, L2, NO_DECAY = "decoupled", "L2", "none"
 
@@ -37,9 +36,9 @@ class Recipe:
     rates: Mapping[str, Rates]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def make(self, groups: list[dict[str, Any]], lr: float, state: str) -> torch.optim.Optimizer:
-        """The optimizer of these param groups, with states of the format `state`, a key of `STATES`."""
-        optimizer: torch.optim.Optimizer = getattr(fused_opt, self.optimizer)(groups, lr=lr, **self.options, **STATES[state])
+    def make(self, groups: list[dict[str, Any]], lr: float, storage: Mapping[str, Any]) -> torch.optim.Optimizer:
+        """The optimizer of these param groups; `storage`: the options that say how numbers are kept."""
+        optimizer: torch.optim.Optimizer = getattr(fused_opt, self.optimizer)(groups, lr=lr, **self.options, **storage)
         return optimizer
 
 

@@ -1,4 +1,4 @@
-"""What `fused-opt quality` measures, unit by unit: the same training with each format of states."""
+"""What `fused-opt quality` measures, unit by unit: the same training with each format of states, or of weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import torch
 import fused_opt
 from fused_opt.bench.quality_recipes import NO_DECAY, RECIPES
 from fused_opt.bench.quality_tasks import TASKS, Problem
-from fused_opt.bench.speed_plan import AS_TORCH, STATES
+from fused_opt.bench.quality_weights import Format, formats
+from fused_opt.bench.speed_plan import STATES
 from fused_opt.bench.suite import OnShare, Record, Unit
 from fused_opt.bench.training import SCHEDULES, Training, side_by_side, take_turns
 from fused_opt.native import native
 
 PART = "quality"
 SEEDS = 3
-FORMATS = [state for state in STATES if state != AS_TORCH]  # what is compared with states as in torch
+EXACT = Format()  # what others are compared with
+FORMATS = formats(STATES, ())
 
 CURVE_POINTS = 100  # at the most, of a curve of training losses
 
@@ -34,22 +36,29 @@ class Combination:
         optimizer: a key of `RECIPES`.
         schedule: a key of `SCHEDULES`.
         decay: whether the recipe's decay is used; otherwise none is.
+        rate: by which the recipe's learning rate is multiplied.
     """
 
     task: str
     optimizer: str
     schedule: str
     decay: bool = True
+    rate: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.task} {self.optimizer}{'' if self.decay else ' without decay'} {self.schedule}"
+        rate = "" if self.rate == 1 else f" rate x {self.rate:g}"
+        return f"{self.task} {self.optimizer}{'' if self.decay else ' without decay'} {self.schedule}{rate}"
 
 
 def combinations(
-    tasks: Iterable[str], optimizers: Iterable[str], schedules: Iterable[str], decays: Iterable[bool] = (True,)
+    tasks: Iterable[str],
+    optimizers: Iterable[str],
+    schedules: Iterable[str],
+    decays: Iterable[bool] = (True,),
+    rates: Iterable[float] = (1.0,),
 ) -> list[Combination]:
     """All of these, each once."""
-    selection = itertools.product(tasks, optimizers, schedules, decays)
+    selection = itertools.product(tasks, optimizers, schedules, decays, rates)
     return list(dict.fromkeys(Combination(*names) for names in selection))
 
 
@@ -61,10 +70,12 @@ DEFAULT = [
     *combinations(SMALL_TASKS, ["adamw"], [schedule for schedule in SCHEDULES if schedule != SHARED[1]]),
     *combinations(SMALL_TASKS, [optimizer for optimizer in RECIPES if optimizer != "adamw"], ["cosine"]),
 ]
+# Of formats of weights. The recipe's rate is one for a model of this size; a tenth of it, 3e-4, is what large ones are trained with.
+DEFAULT_OF_WEIGHTS = combinations(TASKS, SHARED[:1], SHARED[1:], rates=[0.1])
 
 
 def units(
-    selection: Sequence[Combination] = (), seeds: int = SEEDS, steps: int | None = None, formats: Sequence[str] = FORMATS
+    selection: Sequence[Combination] = (), seeds: int = SEEDS, steps: int | None = None, formats: Sequence[Format] = FORMATS
 ) -> list[Unit]:
     """A unit for each seed of each combination; a single one that says why if formats other than torch's cannot be had.
 
@@ -72,7 +83,7 @@ def units(
         selection: what to train; `DEFAULT` if nothing.
         seeds: how many of each.
         steps: of each training; None: as many as `TASKS` says.
-        formats: of states, beside those as in torch.
+        formats: beside float32 weights with states as in torch.
     """
     if why := why_not():
         return [Unit(PART, "not measured", lambda on_share: {"skipped": why})]
@@ -80,7 +91,7 @@ def units(
     def unit(combination: Combination, seed: int) -> Unit:
         task = TASKS[combination.task]
         count = steps or task.steps
-        measure = functools.partial(_measure, combination, seed, count, (AS_TORCH, *formats))
+        measure = functools.partial(_measure, combination, seed, count, (EXACT, *formats))
         return Unit(PART, f"{combination} seed {seed}", measure, seconds=(1 + len(formats)) * count * task.seconds)
 
     return [unit(combination, seed) for combination in selection or DEFAULT for seed in range(seeds)]
@@ -91,18 +102,24 @@ def why_not() -> str:
     return "" if native().module else f"bfloat16 and 8-bit states need the extension, and {native().why}"
 
 
-def _measure(combination: Combination, seed: int, steps: int, states: Sequence[str], on_share: OnShare) -> Record:
+def _measure(combination: Combination, seed: int, steps: int, formats: Sequence[Format], on_share: OnShare) -> Record:
     task, recipe = TASKS[combination.task], RECIPES[combination.optimizer]
     lr, weight_decay = recipe.rates[combination.task]
+    lr *= combination.rate
     if not combination.decay:
         weight_decay = 0.0
     problem = task.make()
-    optimizers = {state: functools.partial(recipe.make, lr=lr, state=state) for state in states}
+    optimizers = {str(each): functools.partial(recipe.make, lr=lr, storage=each.options) for each in formats}
     trainings = side_by_side(problem.make_model, seed, weight_decay, optimizers, combination.schedule, steps)
-    held_out: dict[str, list[Record]] = {state: [] for state in states}
+    for training, each in zip(trainings, formats, strict=True):
+        training.model = each.stored(training.model)
+    held_out: dict[str, list[Record]] = {training.name: [] for training in trainings}
     checks = {max(1, round(steps * (i + 1) / task.checks)) for i in range(task.checks)}
+    before_last = {training.name: _values(training) for training in trainings}
 
     def on_step(done: int) -> None:
+        if done == steps - max(1, steps // 10):
+            before_last.update((training.name, _values(training)) for training in trainings)
         if done in checks:
             for training in trainings:
                 held_out[training.name].append({"step": done, "scores": _scores(problem, training)})
@@ -117,6 +134,7 @@ def _measure(combination: Combination, seed: int, steps: int, states: Sequence[s
         "decay": recipe.decay if weight_decay else NO_DECAY,
         "weight_decay": weight_decay,
         "lr": lr,
+        "rate": combination.rate,
         "seed": seed,
         "steps": steps,
         "folds": problem.folds,
@@ -126,11 +144,17 @@ def _measure(combination: Combination, seed: int, steps: int, states: Sequence[s
                 "scores": {name: sum(values) / len(values) for name, values in held_out[training.name][-1]["scores"].items()},
                 "held_out": held_out[training.name],
                 "curve": _thinned(training.losses, problem.folds),
+                "moved": (before_last[training.name] != _values(training)).double().mean().item(),
                 **_size(training),
             }
             for training in trainings
         },
     }
+
+
+def _values(training: Training) -> torch.Tensor:
+    """A copy of all weights as they are stored, of shape (n,)."""
+    return torch.cat([param.detach().flatten() for param in training.model.parameters()])
 
 
 @torch.no_grad()
@@ -147,8 +171,12 @@ def _thinned(losses: Sequence[float], folds: int) -> dict[str, list[Any]]:
 
 
 def _size(training: Training) -> dict[str, float]:
-    """The bytes of all states by the number of parameters, and the share of the states' values that are not in float32."""
+    """By the number of parameters the bytes of all states, and of weights, gradients and states; the share of the states' values that
+    are not in float32.
+    """
     rows = fused_opt.explain(training.optimizer).rows
+    weights = sum(param.nbytes for param in training.model.parameters()) / training.values
     narrow = sum(row.elements for row in rows for _, dtype in row.states if dtype != "float32")
     values = sum(row.elements * len(row.states) for row in rows)
-    return {"bytes": sum(row.state_bytes for row in rows) / sum(row.elements for row in rows), "narrow": narrow / values}
+    states = sum(row.state_bytes for row in rows) / sum(row.elements for row in rows)
+    return {"bytes": states, "memory": 2 * weights + states, "narrow": narrow / values}

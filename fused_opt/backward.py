@@ -34,8 +34,8 @@ _PASS = "pass model, model.parameters() or model.named_parameters() first, and t
 def step_in_backward(model_or_params: ModelOrParams, optimizer: torch.optim.Optimizer) -> StepInBackward:
     """From now on `loss.backward()` steps each parameter as soon as its gradient is complete, and frees the gradient (`param.grad = None`).
 
-    The gradients of a model then never exist all at once, which saves up to 4 bytes a parameter in fp32; results have the bits of a step
-    after backward. After Lv et al., 2024, https://arxiv.org/abs/2306.09782 (LOMO), for all optimizers here.
+    The gradients of a model then never exist all at once, which saves up to 4 bytes a parameter in fp32 (but see below); results have the
+    bits of a step after backward. After Lv et al., 2023, https://arxiv.org/abs/2306.09782 (LOMO), for all optimizers here.
 
         handle = fused_opt.step_in_backward(model, optimizer)
         for x, y in batches:                    # the loop stays as it is
@@ -50,12 +50,17 @@ def step_in_backward(model_or_params: ModelOrParams, optimizer: torch.optim.Opti
     `requires_grad_()`, are stepped by `optimizer.step()` until `handle.add(params)`. Each backward() is a step, unless
     `handle.accumulating()` says otherwise. With `optimizer.step(closure)` the backward() in the closure steps.
 
-    What runs between backward and step sees no gradients: `clip_grad_norm_`, logging of `param.grad`, hooks of `register_step_pre_hook` and
+    Gradients are None afterwards, as after `zero_grad()`, also where the loop calls `zero_grad(set_to_none=False)`. What runs between
+    backward and step sees none: `clip_grad_norm_`, logging of `param.grad`, hooks of `register_step_pre_hook` and
     `register_step_post_hook` (which run in `optimizer.step()` as always). Hooks of `register_post_accumulate_grad_hook` run in the order in
     which they were registered: those before this call may change the gradient that is stepped with, those after it see none. A graph that
     is used again (`retain_graph=True`) fails with torch's error about modified variables, unless it is accumulating. Parameters shared by
     several checkpointed segments need `use_reentrant=False`: with True each segment has a backward of its own, and each would step.
     After torch.compile of a model, a graph's gradients come all at once: what is freed early is those of one graph.
+
+    A parameter's step costs as much as that of an optimizer with one parameter, 40 us or with cold caches 0.3 ms: it is for models whose
+    gradients count. On a CPU glibc keeps what is freed for later, if it is smaller than 32 MB: of 160 MB of gradients of 10 layers the
+    process's peak had 80 less, and 144 with MALLOC_MMAP_THRESHOLD_=1048576 in the environment.
 
     Args:
         model_or_params: the module, or tensors, or (name, tensor) pairs. Those that do not require gradients are left out.

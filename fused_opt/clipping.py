@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fused_opt.device import GradNorm
+from fused_opt.device_norm import DeviceNorm
+
 if TYPE_CHECKING:
     from fused_opt.device import Scaler
     from fused_opt.native import Native
-    from fused_opt.plan import GroupPlan
+    from fused_opt.plan import GroupPlan, Plan
     from fused_opt.step import FusedStep
 
 _OPTIONS = ("max_grad_norm", "grad_norm_type", "nonfinite_grad_norm")
@@ -25,12 +28,14 @@ class Clip(NamedTuple):
     """What the norm means for a step.
 
     Attributes:
-        factor: of all gradients, beside a scaler's; NaN if the norm is.
+        factor: of gradients that the CPU's kernels or torch take, beside a scaler's; NaN if the norm is.
         skips: whether the step is to be left out.
+        on_device: what kernels on devices make theirs of, if there are any.
     """
 
     factor: float = 1.0
     skips: bool = False
+    on_device: GradNorm | None = None
 
 
 def check(optimizer: FusedStep) -> None:
@@ -45,30 +50,49 @@ def check(optimizer: FusedStep) -> None:
                 )
 
 
-def measure(optimizer: FusedStep, groups: Sequence[GroupPlan], backend: Native, scaler: Scaler | None) -> Clip:
+def measure(plan: Plan, scaler: Scaler | None) -> Clip:
     """The norm of all gradients, which becomes `optimizer.last_grad_norm`, and what follows. Writes nothing else.
 
-    In numbers, not tensors, of which a dozen operations would take longer than the norm of 65,536 gradients.
+    Where only kernels on devices take gradients, nobody waits for it, unless the host has to know whether the step is left out.
 
     Raises:
         RuntimeError: the norm is not finite and nonfinite_grad_norm="raise".
     """
-    options = optimizer.param_groups[0]
-    limit = options.get("max_grad_norm")
+    optimizer, options = plan.optimizer, plan.optimizer.param_groups[0]
+    limit, asked = options.get("max_grad_norm"), options.get("nonfinite_grad_norm")
     if limit is None:
         return Clip()
     largest = math.isinf(options.get("grad_norm_type") or 2)
-    total = _combined(optimizer, _total(groups, backend, largest))
-    norm = total if largest else math.sqrt(total) if total >= 0 else math.nan
-    if scaler is not None and scaler.grad_scale is not None:
-        norm /= float(scaler.grad_scale)
+    total: float | torch.Tensor = _total(plan.groups, plan.backend, largest)
+    on_devices = _totals_on_devices(plan, largest)
+    if on_devices:
+        there = on_devices[0].device
+        totals = torch.stack([torch.full((), total, dtype=torch.float64, device=there), *(each.to(there) for each in on_devices)])
+        total = totals.amax() if largest else totals.sum()
+    total = _combined(optimizer, total)
+    scale = None if scaler is None else scaler.grad_scale
+    if isinstance(total, torch.Tensor):
+        norm = total if largest else total.sqrt()
+        norm = (norm if scale is None else norm / scale.to(norm.device)).float()
+        optimizer._last_grad_norm = norm
+        clip = Clip(on_device=GradNorm(norm, float(limit), asked == "skip"))
+        on_host = any(group.declined or (group.batch is not None and group.batch.in_kernels) for group in plan.groups)
+        if on_host or asked == "raise" or (asked == "skip" and plan.host_must_know()):
+            clip = _clip(norm.item(), _to_float32, limit, asked)._replace(on_device=clip.on_device)
+        return clip
+    number = total if largest else math.sqrt(total) if total >= 0 else math.nan
+    if scale is not None:
+        number /= float(scale)
     grads = (param.grad for group in optimizer.param_groups for param in group["params"])
     dtypes = {grad.dtype for grad in grads if grad is not None}
     wide = bool(dtypes) and dtypes <= {torch.float64, torch.complex128}
     rounded: Callable[[float], float] = float if wide else _to_float32
-    norm = rounded(norm)
-    optimizer._last_grad_norm = norm, torch.float64 if wide else torch.float32
-    asked = options.get("nonfinite_grad_norm")
+    optimizer._last_grad_norm = rounded(number), torch.float64 if wide else torch.float32
+    return _clip(rounded(number), rounded, limit, asked)
+
+
+def _clip(norm: float, rounded: Callable[[float], float], limit: float, asked: str | None) -> Clip:
+    """In numbers, not tensors, of which a dozen operations would take longer than the norm of 65,536 gradients."""
     if asked in ("raise", "skip") and not math.isfinite(norm):
         if asked == "skip":
             return Clip(skips=True)
@@ -111,10 +135,21 @@ def _norm_by_torch(grad: Any, largest: bool) -> float:
     return norm if largest else norm * norm
 
 
-def _combined(optimizer: FusedStep, total: float) -> float:
+def _totals_on_devices(plan: Plan, largest: bool) -> list[torch.Tensor]:
+    """The same of gradients that kernels on devices take: a tensor on each of them."""
+    batches = [group.batch for group in plan.groups if group.batch is not None and group.in_tables]
+    if not batches:
+        return []
+    if plan.kept.norm is None:
+        plan.kept.norm = DeviceNorm(plan.optimizer.__dict__.setdefault("_captured", []))
+    return plan.kept.norm.measure(batches, largest)
+
+
+def _combined(optimizer: FusedStep, total: float | torch.Tensor) -> float | torch.Tensor:
     """With what other ranks have."""
     if optimizer.reduce_grad_norm is None:
         return total
-    tensor = torch.tensor(total, dtype=torch.float64, device="cpu")
+    tensor = total if isinstance(total, torch.Tensor) else torch.tensor(total, dtype=torch.float64, device="cpu")
     result = optimizer.reduce_grad_norm(tensor)
-    return float(tensor if result is None else result)
+    tensor = tensor if result is None else result
+    return tensor if isinstance(total, torch.Tensor) else float(tensor)

@@ -10,7 +10,8 @@ import torch
 from torch.autograd.graph import increment_version
 
 from fused_opt import clipping, fallback
-from fused_opt.device import DeviceStep, Scaler, Share, computes_scalars
+from fused_opt.device import DeviceStep, GradNorm, Scaler, Share, computes_scalars
+from fused_opt.device_norm import DeviceNorm
 from fused_opt.native import CPU_KERNELS, DEVICE_KERNELS, NOBODY, Native, gpu_server, interprets, native, triton_problem
 from fused_opt.rules import NON_NEGATIVE, Group, Program, Rule
 from fused_opt.stages import (
@@ -53,6 +54,7 @@ class Kept:
     batches: dict[tuple[int, tuple[str, ...]], _cpu.Batch] = field(default_factory=dict)  # by group index and names of states
     sharing: _cpu.Sharing | None = None
     device: DeviceStep | None = None
+    norm: DeviceNorm | None = None
 
 
 @dataclass(slots=True)
@@ -89,12 +91,12 @@ class Plan:
         if in_tables:
             _check_capture(optimizer)
         scaler = _scaler(optimizer) if native_groups else None
-        if scaler is not None and self._waits_for_scaler() and scaler.found_inf.item():
+        if scaler is not None and self.host_must_know() and scaler.found_inf.item():
             return
         declines = any(group.declined for group in self.groups)
         if declines:
             fallback.check(optimizer, self.groups)
-        clip = clipping.measure(optimizer, self.groups, self.backend, scaler)
+        clip = clipping.measure(self, scaler)
         if clip.skips:
             return
         factor = clip.factor * self._unscaling(scaler)
@@ -114,7 +116,8 @@ class Plan:
                     programs = self._programs(group, batch, group.in_tables, factor) if changed else group.programs
                     shares.append(Share(group.group, batch, *programs))
                 unscales = scaler is not None and _gradients_of_their_own(shares)
-                on_device = in_tables and self._prepare(shares, scaler, unscales)
+                numbers = [group.number for group, _ in native_groups]
+                on_device = in_tables and self._prepare(shares, numbers, scaler, unscales, clip.on_device)
             if declines:
                 fallback.step(optimizer, self.groups, scaler and scaler.grad_scale, clip.factor)
         except BaseException:
@@ -123,7 +126,7 @@ class Plan:
             raise
         if in_order:
             for (group, _), states in zip(native_groups, new_states, strict=True):
-                self._run_in_order(group, dict(zip(group.missing, states, strict=True)), scaler, factor)
+                self._run_in_order(group, dict(zip(group.missing, states, strict=True)), scaler, factor, clip.on_device)
         else:
             self._run(shares, in_tables, on_device)
         if scaler is not None and scaler.grad_scale is not None:  # torch's fused kernels leave unscaled gradients behind, too
@@ -141,8 +144,8 @@ class Plan:
                 kept.batches[index, group.names] = group.batch
         self.optimizer._kept = kept
 
-    def _waits_for_scaler(self) -> bool:
-        """Whether the host has to know that the scaler found an infinity: all but kernels on a device can leave out a step only by not
+    def host_must_know(self) -> bool:
+        """Whether the host has to know that a step is left out, since a scaler found an infinity or the norm is not finite: all but kernels on a device can leave out a step only by not
         being called, counters in the host's memory are counted by it, and a buffer whose first value is the gradient has none before."""
         for group in self.groups:
             batch = group.batch
@@ -157,13 +160,19 @@ class Plan:
                 return True
         return False
 
-    def _prepare(self, shares: Sequence[Share], scaler: Scaler | None, unscales: bool) -> bool:
-        """Make kernels on devices ready. Returns whether they compute the scalars and count steps. With `unscales` also the gradients."""
-        shares = [share for share in shares if share.batch.in_tables]
-        on_device = scaler is not None or any(computes_scalars(share.group, share.batch) for share in shares)
+    def _prepare(
+        self, shares: Sequence[Share], numbers: Sequence[int], scaler: Scaler | None, unscales: bool, norm: GradNorm | None
+    ) -> bool:
+        """Make kernels on devices ready. Returns whether they compute the scalars and count steps. With `unscales` also the gradients.
+
+        `numbers`: of the shares' groups.
+        """
+        there = [(share, number) for share, number in zip(shares, numbers, strict=True) if share.batch.in_tables]
+        shares = [share for share, _ in there]
+        on_device = scaler is not None or norm is not None or any(computes_scalars(share.group, share.batch) for share in shares)
         if self.kept.device is None:
             self.kept.device = DeviceStep(self.optimizer.__dict__.setdefault("_captured", []))
-        self.kept.device.prepare(self.optimizer._rule, shares, on_device, scaler, unscales)
+        self.kept.device.prepare(self.optimizer._rule, shares, on_device, scaler, unscales, norm, [number for _, number in there])
         return on_device
 
     def _unscaling(self, scaler: Scaler | None) -> float:
@@ -183,7 +192,9 @@ class Plan:
             if threads:
                 self.optimizer._last_ran = Ran(isa, threads)
 
-    def _run_in_order(self, plan: GroupPlan, new_states: dict[int, State], scaler: Scaler | None, factor: float) -> None:
+    def _run_in_order(
+        self, plan: GroupPlan, new_states: dict[int, State], scaler: Scaler | None, factor: float, norm: GradNorm | None
+    ) -> None:
         """A parameter listed twice, or two that overlap: each must see what the one before it wrote, as in torch's loop."""
         rule, state, group, batch = self.optimizer._rule, self.optimizer.state, plan.group, plan.batch
         assert batch is not None
@@ -198,7 +209,7 @@ class Plan:
             _, in_tables = _gather(batch, [params[i]], self.optimizer, group, gpu, first=i)
             self._adopt({**group, "params": [params[i]]}, batch, [new_states[i]] if batch.missing else [])
             shares = [Share(group, batch, *self._programs(plan, batch, in_tables, factor))]
-            on_device = in_tables and self._prepare(shares, scaler, unscales=False)
+            on_device = in_tables and self._prepare(shares, [plan.number], scaler, False, norm)
             self._run(shares, in_tables, on_device)
 
     def _adopt(self, group: Group, batch: _cpu.Batch, new_states: Sequence[State]) -> None:

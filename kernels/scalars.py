@@ -69,7 +69,7 @@ def floor(x):
 @triton.jit
 def clip_factor(norm, max_norm):
     """As torch.nn.utils.clip_grad_norm_ has it, in fp32: a number divided by a tensor is its reciprocal times the number. NaN stays."""
-    factor = tl.div_rn(norm * 0.0 + 1.0, norm + 1e-6) * max_norm
+    factor = tl.div_rn(tl.full((), 1.0, tl.float32), norm + 1e-6) * max_norm
     return tl.where(factor > 1.0, 1.0, factor)
 
 
@@ -128,7 +128,7 @@ def compute_scalars(
     for k in tl.static_range(len(values)):
         value = values[k].to(tl.float32)
         if OF_GRADIENT and k == 0:
-            value = value * 0.0 + 1.0
+            value = tl.full((), 1.0, tl.float32)
         tl.store(out + k, value)
     if STAGED:
         c = ()

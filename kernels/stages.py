@@ -71,8 +71,7 @@ def join(weight, companion, STAGES: tl.constexpr, TYPE: tl.constexpr):
         return codecs.float_of(codecs.bits_of(weight) + companion.to(tl.int32).to(tl.uint32, bitcast=True))
     else:
         master = companion.to(tl.float32)
-        stored = nearest(master, TYPE)
-        return tl.where((stored == weight) | ((weight != weight) & (stored != stored)), master, weight)
+        return tl.where(nearest(master, TYPE) == weight, master, weight)
 
 
 @triton.jit
@@ -86,7 +85,7 @@ def part(p, STAGES: tl.constexpr, TYPE: tl.constexpr):
         weight = nearest(p, TYPE)
         if KAHAN & STAGES:
             rest = p - weight
-            return weight, tl.where(rest == rest, rest, 0.0)
+            return weight, tl.where(rest == rest, rest, 0.0)  # not between infinities
         else:
             return weight, p
 

@@ -10,6 +10,7 @@ from typing import Any
 import triton.language as tl
 
 from fused_opt import rules as specs
+from fused_opt import stages as specs_of_stages
 from fused_opt.kernels import codecs
 from fused_opt.kernels.norm import combine_partials, measure_gradients
 from fused_opt.kernels.quantize import MAX_PIECE, dequantize, largest_magnitudes, quantize
@@ -17,7 +18,6 @@ from fused_opt.kernels.rules import RULES
 from fused_opt.kernels.scalars import FORMULAS, compute_scalars
 from fused_opt.kernels.stages import DRAW, OPERANDS
 from fused_opt.kernels.step import step
-from fused_opt.stages import OF_GRADIENT, STOCHASTIC
 
 # Elements of a program. With four times as many, 124M parameters would be too few programs for a GPU of 132 multiprocessors.
 CHUNK = 8192
@@ -97,7 +97,7 @@ def step_variant(
     """
     chosen = RULES[rule]
     kinds = tuple(chosen.kinds(flags).values())
-    size = block_size or (DRAW.value if stages & STOCHASTIC else TILE)  # a row of a tile shares a draw of random numbers
+    size = block_size or (DRAW.value if stages & specs_of_stages.STOCHASTIC else TILE)  # a row of a tile shares a draw of random numbers
     if block_size:
         state_types: tuple[Any, ...] = tuple(tl.int8 if kind.signed else tl.uint8 for kind in kinds)
     else:
@@ -146,7 +146,7 @@ def scalars_variant(rule: str, scaled: bool, stages: int = 0, clips: bool = Fals
             "FORMULA": formula,
             "N_CONSTANTS": count,
             "STAGED": stages != 0,
-            "OF_GRADIENT": stages & OF_GRADIENT != 0,
+            "OF_GRADIENT": stages & specs_of_stages.OF_GRADIENT != 0,
             "SKIPS": skips,
         },
         num_warps=1,
@@ -273,6 +273,25 @@ _FORMATS = (
 )
 
 
+# Stages likewise: name, rule, flags, dtype of parameter and gradient, of states, block size of their codes, stages, dtype of a companion.
+_GRADIENT = specs_of_stages.OF_GRADIENT
+_WEIGHT = specs_of_stages.MASK | specs_of_stages.SHRINK | specs_of_stages.PROXIMAL | specs_of_stages.AVERAGE
+_MOMENTUM = specs.RMSPROP_MOMENTUM
+_STAGED = (
+    ("clip l1 anchor mask", "adam", 0, "float32", "float32", 0, _GRADIENT, ""),
+    ("ema", "adam", 0, "float32", "float32", 0, specs_of_stages.AVERAGE, ""),
+    ("mask shrink l1 ema", "sgd", specs.SGD_MOMENTUM, "float32", "", 256, _WEIGHT, ""),
+    ("stochastic", "adam", 0, "bfloat16", "bfloat16", 0, specs_of_stages.STOCHASTIC, ""),
+    ("stochastic", "adam", 0, "bfloat16", "", 256, specs_of_stages.STOCHASTIC, ""),
+    ("kahan", "adam", 0, "bfloat16", "bfloat16", 0, specs_of_stages.KAHAN, "bfloat16"),
+    ("kahan", "adam", 0, "float16", "float16", 0, specs_of_stages.KAHAN, "float16"),
+    ("split", "adam", 0, "bfloat16", "", 256, specs_of_stages.SPLIT, "int16"),
+    ("master", "adam", 0, "bfloat16", "float32", 0, specs_of_stages.MASTER, "float32"),
+    ("all but stochastic", "rmsprop", _MOMENTUM, "bfloat16", "", 256, _GRADIENT | _WEIGHT | specs_of_stages.SPLIT, "int16"),
+    ("all but split", "rmsprop", _MOMENTUM, "bfloat16", "float32", 0, _GRADIENT | _WEIGHT | specs_of_stages.STOCHASTIC, ""),
+)
+
+
 def typical_variants() -> Iterator[tuple[str, Variant]]:
     """Named forms of the kernels that stand for all: every rule and option, every dtype of parameters and states."""
     for option, rule, flags in _OPTIONS:
@@ -285,6 +304,13 @@ def typical_variants() -> Iterator[tuple[str, Variant]]:
             yield f"{option}, {name}", step_variant(rule, flags, param, param, (state,) * len(slots), block_size)
     for block_size in (32, 1024, 4096):
         yield f"adamw, fp32, int8 states in blocks of {block_size}", step_variant("adam", 0, "float32", "float32", (), block_size)
+    for name, rule, flags, param, state, block_size, stages, companion in _STAGED:
+        states = (state,) * len(RULES[rule].kinds(flags))
+        operands = ("bool", param, "float32", companion or param)
+        yield (
+            f"{name} around {rule}, {param}, {state or 'int8'} states",
+            step_variant(rule, flags, param, param, states, block_size, stages=stages, operands=operands),
+        )
     whole = Pieces.of(256, aligned=True)
     for dtype in ("float32", "bfloat16"):
         for code in ("linear", "mulaw", "unsigned_mulaw"):
@@ -297,3 +323,9 @@ def typical_variants() -> Iterator[tuple[str, Variant]]:
     for rule in RULES:
         for scaled in (False, True):
             yield f"scalars of {rule}{', with a scaler' if scaled else ''}", scalars_variant(rule, scaled)
+        yield f"scalars of {rule}, clipped, with stages", scalars_variant(rule, True, _GRADIENT, clips=True, skips=True)
+    for dtype in ("float32", "bfloat16"):
+        yield f"squares of gradients, {dtype}", gradients_variant(dtype, largest=False)
+        yield f"largest of gradients, {dtype}", gradients_variant(dtype, largest=True)
+    for largest in (False, True):
+        yield f"total of {'magnitudes' if largest else 'squares'}", total_variant(largest)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fused_opt
+from forloop import as_real
 from fused_opt.bench.cases import Case
 from fused_opt.bench.layouts import permuted
 from fused_opt.bench.plain_loop import PlainLoop
@@ -64,7 +65,7 @@ def beside(
         if loop.last_grad_norm is None:
             assert norm is None
         else:
-            assert max_ulp(norm, loop.last_grad_norm) <= (norm.dtype == torch.float64)
+            assert max_ulp(norm, loop.last_grad_norm) <= (4 if norm.dtype == torch.float64 else 0)  # 256 numbers to a sum in float64
     assert_native(optimizer)
     compare(optimizer, loop, masks=chosen)
     return optimizer
@@ -77,9 +78,7 @@ def compare(optimizer: Optimizer, loop: PlainLoop, masks: Sequence[torch.Tensor 
         assert (mask is not None) == (masks is not None and masks[i] is not None)
         assert set(found) == set(expected)
         for name, value in expected.items():
-            assert_same_bits(
-                torch.view_as_real(found[name]) if found[name].is_complex() else found[name], value, f"{name} of parameter {i}"
-            )
+            assert_same_bits(as_real(found[name]), value, f"{name} of parameter {i}")
 
 
 # --- every option alone, and some together ---
@@ -269,7 +268,8 @@ def test_proximal_l1_gives_exact_zeros_and_keeps_what_is_needed(dtype: torch.dty
         param.grad = (param.detach() - target).to(dtype)
         optimizer.step()
     assert param[2:5].tolist() == [0.0, 0.0, 0.0]
-    torch.testing.assert_close(param.detach().double(), torch.tensor([2.5, -1.5, 0.0, 0.0, 0.0, 0.5]).double(), rtol=1e-3, atol=0)
+    expected = torch.tensor([2.5, -1.5, 0.0, 0.0, 0.0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(param.detach().double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)  # the gradient is of `dtype`
 
 
 def test_anchors_are_the_weights_of_the_first_step() -> None:
@@ -382,5 +382,5 @@ def test_complex_parameters_are_pairs_of_reals(name: str, dtype: torch.dtype) ->
         grads = [torch.randn(value.shape, dtype=dtype, generator=generator) for value in values]
         run_steps(optimizer, [grads])
         loop.step(grads, optimizer.last_grad_norm)
-        assert max_ulp(optimizer.last_grad_norm, loop.last_grad_norm) <= (dtype == torch.complex128)
+        assert max_ulp(optimizer.last_grad_norm, loop.last_grad_norm) <= (2 if dtype == torch.complex128 else 0)
     compare(optimizer, loop)

@@ -60,8 +60,11 @@ struct Kahan {
 // The lower half of the float, of which a bfloat16 is the upper half. It is rounded to nearest, ties away from zero, so that 16 bits with
 // sign have the rest.
 struct Split {
+  // Below zero and above infinity are the bits of NaN: from there a lower half is that of a weight that has been changed since.
   static float join(float weight, float companion) {
-    return float_of(bits_of(weight) + static_cast<uint32_t>(static_cast<int32_t>(companion)));
+    const uint32_t bits = bits_of(weight), magnitude = bits & 0x7fffffff;
+    const bool fits = companion < 0 ? magnitude != 0 : magnitude != kInfinity;
+    return fits ? float_of(bits + static_cast<uint32_t>(static_cast<int32_t>(companion))) : weight;
   }
   static float part(float p, float& companion) {
     const uint32_t bits = bits_of(p), upper = p == p ? (bits + 0x8000) & 0xffff0000 : 0x7fc00000;

@@ -203,12 +203,17 @@ def _conversions() -> None:
     _add("cvt.rn.f32.f64", _gpu_nan(_cast("f32")), "f32", "f64")
     for t, narrow in _NARROW.items():
         _add(f"cvt.f32.{t}", _WIDEN[t], "f32", t)
+        _add(f"cvt.f64.{t}", _then(_WIDEN[t], _cast("f64")), "f64", t)
         _add(f"cvt.rn.{t}.f32", narrow, t, "f32")
         _add(f"cvt.rn.{t}x2.f32", _packed(narrow), f"{t}x2", "f32", "f32")
 
 
 def _cast(result: str) -> Function:
     return lambda a: a.astype(TYPES[result].dtype)
+
+
+def _then(first: Function, second: Function) -> Function:
+    return lambda a: second(first(a))
 
 
 def _clamped(result: str) -> Function:

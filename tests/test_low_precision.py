@@ -1,0 +1,421 @@
+"""16-bit weights that lose nothing, or nothing on average: split, with fp32 masters, with Kahan's compensation, rounded stochastically."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import fused_opt
+from fused_opt.bench.cases import CASES, Case
+from fused_opt.bench.layouts import gaps, permuted
+from fused_opt.bench.plain_loop import stochastically_rounded
+from fused_opt.bench.stage_cases import RULES
+from helpers import CLASSES, SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, params_of, run_steps
+from pairs import assert_native, nothing_changes, set_grads, step_with, through_file
+
+Optimizer = torch.optim.Optimizer
+SHAPES = ((31, 33), (77,), (), (0, 3), (4, 5, 6))
+FORMATS: tuple[dict[str, Any], ...] = (
+    {"state_dtype": torch.float32},
+    {"state_dtype": torch.bfloat16},
+    {"state_dtype": "int8", "min_8bit_size": 0, "block_size": 64},
+)
+
+
+def exact(optimizer: Optimizer, param: torch.Tensor) -> torch.Tensor:
+    """The fp32 number that a weight and its companion stand for."""
+    state = optimizer.state[param]
+    if "low_bits" in state:
+        return (param.detach().contiguous().view(torch.int16).int() * 65536 + state["low_bits"].contiguous().int()).view(torch.float32)
+    if "master" in state:
+        return state["master"]
+    return param.detach().float() + state["compensation"].float()
+
+
+# --- nothing is lost ---
+
+
+def beside_fp32(case: Case, weights: str, dtype: torch.dtype, place: Callable[[torch.Tensor], torch.Tensor], **options: Any) -> None:
+    """The same 16-bit gradients to `dtype` weights and to float32 ones, whose numbers must be the same after each step."""
+    decades = (-4.0, 1.0) if dtype == torch.float16 else (-6.0, 1.0)
+    values, grads = make_problem(SHAPES, 6, dtype, decades=decades, zeros=0.05)
+    short, wide = ([torch.nn.Parameter(place(value.to(to))) for value in values] for to in (dtype, torch.float32))
+    optimizer, expected = (
+        getattr(fused_opt, case.optimizer)(params, **{**case.options, **options, **given})
+        for params, given in ((short, {"weights": weights}), (wide, {}))
+    )
+    for step_grads in grads:
+        set_grads(optimizer, [place(grad) for grad in step_grads])
+        set_grads(expected, [place(grad.float()) for grad in step_grads])
+        optimizer.step()
+        expected.step()
+        for i, (param, copied) in enumerate(zip(short, wide, strict=True)):
+            assert_same_bits(exact(optimizer, param), copied, f"parameter {i}")
+            if weights == "master":
+                assert_same_bits(param, copied.detach().to(dtype), f"parameter {i}")
+            else:
+                assert bool(((param.float() - copied).abs() <= copied.abs() * 2.0**-8).all())
+            state, wide_state = optimizer.state[param], expected.state[copied]
+            for key, value in wide_state.items():
+                assert_same_bits(state[key], value, f"{key} of parameter {i}")
+    assert_native(optimizer)
+
+
+LOSSLESS = [(torch.bfloat16, "split"), (torch.bfloat16, "master"), (torch.float16, "master")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_split_weights_are_those_of_fp32_training(case: Case) -> None:
+    if case.options.get("eps") == 0.0:
+        case = Case(case.optimizer, {**case.options, "eps": 1e-30})  # no 0 / 0: NaN has no lower half
+    beside_fp32(case, "split", torch.bfloat16, torch.Tensor.clone, state_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("place", [permuted, gaps])
+@pytest.mark.parametrize("state", FORMATS, ids=str)
+@pytest.mark.parametrize(("dtype", "weights"), LOSSLESS, ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_all_states_and_strides(
+    name: str, dtype: torch.dtype, weights: str, state: dict[str, Any], place: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    beside_fp32(Case(name, RULES[name]), weights, dtype, place, **state)
+
+
+@pytest.mark.parametrize(("dtype", "weights"), LOSSLESS, ids=str)
+def test_training_for_long(dtype: torch.dtype, weights: str) -> None:
+    """300 steps of which most change no bit of the 16."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(500, generator=generator).to(dtype)
+    short, wide = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.float())
+    optimizers = [
+        fused_opt.AdamW([short], lr=1e-4, weights=weights, state_dtype=torch.float32),
+        fused_opt.AdamW([wide], lr=1e-4),
+    ]
+    still = 0
+    for _ in range(300):
+        before = short.detach().clone()
+        grad = torch.randn(500, generator=generator).to(dtype)
+        step_with(optimizers[0], [grad])
+        step_with(optimizers[1], [grad.float()])
+        still += int((short == before).sum())
+    assert_same_bits(exact(optimizers[0], short), wide)
+    assert still > 300 * 500 * 0.8
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, -0.0, 1e-40, -1e-45, 1e-38, 3.3e38, -3.4e38, math.inf, -math.inf, math.nan, 1.00390625, 1.001953125]
+)
+@pytest.mark.parametrize("weights", ["split", "master", "kahan"])
+def test_numbers_at_the_edges(value: float, weights: str) -> None:
+    """Subnormal and the largest numbers, ties, infinities and NaN: steps that do not move keep them."""
+    param = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16))
+    optimizer = fused_opt.SGD([param], lr=1.0, weights=weights)
+    param.grad = torch.zeros(40, dtype=torch.bfloat16)
+    optimizer.step()
+    wide = torch.full((40,), value)
+    if weights == "master":
+        optimizer.state[param]["master"].copy_(wide)
+        param.data.copy_(wide.bfloat16())
+    elif weights == "split":
+        bits = wide.view(torch.int32).to(torch.int64)
+        upper = (bits + 0x8000) >> 16 << 16
+        if math.isnan(value):
+            upper = bits
+        param.data.copy_(torch.full((40,), 0.0).bfloat16())
+        param.data.view(torch.int16).copy_((upper >> 16).to(torch.int16))
+        optimizer.state[param]["low_bits"].copy_(bits - upper)
+    else:
+        param.data.copy_(wide.bfloat16())
+        if math.isfinite(float(param.detach()[0])):
+            optimizer.state[param]["compensation"].copy_(wide - param.detach().float())
+    before = param.detach().clone()
+    for _ in range(3):
+        optimizer.step()
+        if weights == "kahan":
+            assert_same_bits(param + 0.0, before + 0.0)  # -0 + 0 is 0
+        else:
+            assert_same_bits(param, before)
+            assert_same_bits(exact(optimizer, param), wide)
+
+
+def test_ties_are_split_without_loss() -> None:
+    """All 65,536 lower halves of a few upper ones."""
+    lower = torch.arange(65536, dtype=torch.int32)
+    for upper in (0x3F80, 0x0000, 0x0080, 0x7F7F):
+        for sign in (0, 1):
+            wide = (lower + upper * 65536 - sign * 2**31).view(torch.float32)
+            param = torch.nn.Parameter(torch.zeros(65536, dtype=torch.bfloat16))
+            optimizer = fused_opt.SGD([param], lr=1.0, weights="split", max_grad_value=math.inf)
+            param.grad_dtype = torch.float32 if hasattr(param, "grad_dtype") else None  # type: ignore[attr-defined]
+            if param.grad_dtype is None:
+                pytest.skip("this torch has no gradients of another dtype")
+            param.grad = -wide
+            optimizer.step()
+            assert_same_bits(exact(optimizer, param) + 0.0, wide + 0.0)
+            nearest = wide.bfloat16()
+            assert bool(((param - nearest).float().abs() <= (wide - nearest.float()).abs() * 2).all() | nearest.isinf().any())
+
+
+# --- weights that somebody changed ---
+
+
+@pytest.mark.parametrize("weights", ["split", "kahan", "master"])
+def test_a_weight_that_was_changed_counts(weights: str) -> None:
+    """As when a checkpoint of the model is loaded: training goes on from there."""
+    param = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = fused_opt.SGD([param], lr=1.0, weights=weights)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        step_with(optimizer, [torch.randn(64, generator=generator).bfloat16() * 1e-3])
+    new = (torch.randn(64, generator=generator) + 4).bfloat16()
+    with torch.no_grad():
+        param.copy_(new)
+    step_with(optimizer, [torch.full((64,), 2.0**-12, dtype=torch.bfloat16)])
+    found, expected = exact(optimizer, param), new.float() - 2.0**-12
+    if weights == "master":
+        assert_same_bits(found, expected)
+    elif weights == "kahan":  # what the old weight had left out: half a unit of it, which is 2^-7
+        torch.testing.assert_close(found, expected, rtol=0, atol=2.0**-8)
+    else:  # the lower half is now that of the new weight: at the most half a unit of it
+        torch.testing.assert_close(found, expected, rtol=2.0**-8, atol=0)
+    assert bool(((param.float() - new.float()).abs() <= new.float().abs() * 2.0**-7).all())
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf])
+@pytest.mark.parametrize("weights", ["split", "kahan", "master"])
+def test_a_weight_that_was_set_to_zero_or_infinity_stays_a_number(weights: str, value: float) -> None:
+    """Rows of an embedding are set to zero. The bits below those of zero, and above those of infinity, are NaN's."""
+    param = torch.nn.Parameter(torch.linspace(-1, 1, 200).bfloat16())
+    optimizer = fused_opt.SGD([param], lr=1.0, weights=weights)
+    step_with(optimizer, [torch.full((200,), 2.0**-11, dtype=torch.bfloat16)])
+    with torch.no_grad():
+        param.fill_(value)
+    step_with(optimizer, [torch.zeros(200, dtype=torch.bfloat16)])
+    assert bool((param.float() - value).nan_to_num(nan=0.0).abs().max() <= 2.0**-8)
+    assert not bool(param.isnan().any())
+    assert not bool(exact(optimizer, param).isnan().any())
+
+
+def test_one_that_was_not_changed_keeps_its_master() -> None:
+    """Some elements were, others were not."""
+    param = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = fused_opt.SGD([param], lr=1.0, weights="master")
+    step_with(optimizer, [torch.full((8,), 2.0**-12, dtype=torch.bfloat16)])
+    with torch.no_grad():
+        param[::2] = 3.0
+    step_with(optimizer, [torch.full((8,), 2.0**-12, dtype=torch.bfloat16)])
+    assert optimizer.state[param]["master"].tolist() == [3 - 2.0**-12, 1 - 2.0**-11] * 4
+
+
+# --- Kahan ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kahan_is_a_plain_loop(dtype: torch.dtype) -> None:
+    """SGD by hand: weight + compensation in float32, a step, the nearest weight, and what it leaves out, itself rounded."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(300, generator=generator).to(dtype))
+    weight, compensation = param.detach().clone(), torch.zeros(300, dtype=dtype)
+    optimizer = fused_opt.SGD([param], lr=2.0**-10, weights="kahan")
+    for _ in range(50):
+        grad = torch.randn(300, generator=generator).to(dtype)
+        step_with(optimizer, [grad])
+        updated = (weight.float() + compensation.float()).add(grad.float(), alpha=-(2.0**-10))
+        weight = updated.to(dtype)
+        compensation = (updated - weight.float()).to(dtype)
+        assert_same_bits(param, weight)
+        assert_same_bits(optimizer.state[param]["compensation"], compensation)
+
+
+# --- stochastic rounding ---
+
+# By chance a test fails with this probability, that of a normal deviate beyond `Z` on either side; seeds are fixed, so always or never.
+FALSE_ALARM = 1e-9
+Z = 6.11
+
+
+def rounded(values: torch.Tensor, steps: int = 1, **options: Any) -> list[torch.Tensor]:
+    """Weights after steps of SGD that lead from bfloat16 1 to the same float32 numbers, close to it, each time."""
+    param = torch.nn.Parameter(torch.ones(values.shape, dtype=torch.bfloat16))
+    optimizer = fused_opt.SGD([param], lr=1.0, weights="stochastic", **options)
+    results = []
+    for _ in range(steps):
+        with torch.no_grad():
+            param.fill_(1.0)
+        step_with(optimizer, [(1 - values).bfloat16()])
+        results.append(param.detach().clone())
+    return results
+
+
+UNIT = 2.0**-7  # between bfloat16 numbers from 1 to 2
+
+
+@pytest.mark.parametrize("fraction", [2**-7, 0.125, 0.25, 0.5, 0.75, 1 - 2**-7])
+def test_stochastic_rounding_is_unbiased(fraction: float) -> None:
+    """It goes up as often as the number's distance from the one below says: a z-test of independent draws, those of blocks of 256."""
+    up = torch.stack([(result > 1).double() for result in rounded(torch.full((256 * 400,), 1 + fraction * UNIT), steps=50)])
+    assert set(up.unique().tolist()) == {0.0, 1.0}
+    draws = up.view(50, 400, 256)
+    one_each = torch.stack([draws[:, block, (37 * block) % 256] for block in range(400)])  # another place in each block
+    deviation = math.sqrt(fraction * (1 - fraction) / one_each.numel())
+    assert abs(float(one_each.mean()) - fraction) < Z * deviation
+    # All elements: those of a block are drawn together, so the deviation is that of the blocks' means.
+    means = draws.mean(-1).flatten()
+    assert abs(float(means.mean()) - fraction) < Z * float(means.std()) / math.sqrt(means.numel())
+
+
+def test_draws_are_independent() -> None:
+    """Of the steps, of blocks, of parameters, groups and seeds: pairs of draws agree as often as not."""
+
+    def assert_uncorrelated(a: torch.Tensor, b: torch.Tensor) -> None:
+        one_each = [(2.0 * (x.view(-1, 256)[:, 100] > 1) - 1).double() for x in (a, b)]
+        product = one_each[0] * one_each[1]
+        assert abs(float(product.mean())) < Z / math.sqrt(product.numel())
+
+    halfway = torch.full((256 * 4000,), 1 + 0.5 * UNIT)
+    first, second, third = rounded(halfway, steps=3)
+    (seeded,) = rounded(halfway, rounding_seed=1)
+    assert_uncorrelated(first, second)
+    assert_uncorrelated(second, third)
+    assert_uncorrelated(first, third)
+    assert_uncorrelated(first, seeded)
+    assert_uncorrelated(first[: 256 * 2000], first[256 * 2000 :])
+    assert_uncorrelated(first[:-256], first[256:])
+    params = [torch.nn.Parameter(torch.ones(256 * 4000, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizer = fused_opt.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=1.0, weights="stochastic")
+    step_with(optimizer, [(1 - halfway).bfloat16()] * 3)
+    assert_same_bits(params[0], first)
+    for a, b in itertools.combinations(params, 2):
+        assert_uncorrelated(a.detach(), b.detach())
+
+
+def test_small_steps_count_on_average() -> None:
+    """2000 of a hundredth of the distance between two weights, of which the nearest would never leave one, are 20 of them. The deviation of
+    a weight is sqrt(2000 * 0.01 * 0.99) = 4.4; of the mean of 512 blocks, each drawn together, it is 0.2 at the most."""
+    param = torch.nn.Parameter(torch.ones(4096 * 32, dtype=torch.bfloat16))
+    optimizer = fused_opt.SGD([param], lr=1.0, weights="stochastic")
+    grad = torch.full(param.shape, -0.01 * UNIT).bfloat16()
+    step_size = -float(grad[0]) / UNIT
+    for _ in range(2000):
+        param.grad = grad
+        optimizer.step()
+    moved = (param.detach().double() - 1) / UNIT
+    deviation = math.sqrt(2000 * step_size * (1 - step_size) / (4096 * 32 / 256))
+    assert abs(float(moved.mean()) - 2000 * step_size) < Z * deviation
+    assert float(moved.std()) > 1
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_is_drawn_depends_on_seed_step_parameter_and_place_only(name: str, use_isa, threads) -> None:
+    """Not on threads, instruction sets or the tensors beside it. The draws themselves: see the next test."""
+    values, grads = make_problem(((70_001,), (300, 101), (5,)), 3, torch.bfloat16)
+    values = [permuted(value) for value in values]
+    optimizers = []
+    for isa, count in itertools.product(SUPPORTED_ISAS, (1, 2, 3)):
+        use_isa(isa)
+        threads(count)
+        params = [torch.nn.Parameter(value.clone()) for value in values]
+        optimizers.append(getattr(fused_opt, name)(params, **RULES[name], weights="stochastic", rounding_seed=5))
+        run_steps(optimizers[-1], grads)
+        assert optimizers[-1]._last_ran == (isa, count)
+    for other in optimizers[1:]:
+        assert_same_state(other, optimizers[0])
+    fewer = getattr(fused_opt, name)([torch.nn.Parameter(values[0].clone())], **RULES[name], weights="stochastic", rounding_seed=5)
+    run_steps(fewer, [step_grads[:1] for step_grads in grads])
+    assert_same_bits(params_of(fewer)[0], params_of(optimizers[0])[0])
+
+
+def test_the_draws_are_those_that_are_documented() -> None:
+    numbers = 1 + torch.rand(5000, generator=torch.Generator().manual_seed(0)) * 0.9
+    (found,) = rounded(numbers, rounding_seed=77)
+    gradients = (1 - numbers).bfloat16().float()
+    assert_same_bits(found.float(), stochastically_rounded(1 - gradients, 77, 1, 0))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, through_file], ids=["in memory", "through a file"])
+@pytest.mark.parametrize("weights", ["stochastic", "split", "kahan", "master"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_resumed_training_goes_on_as_if_it_had_not_been_interrupted(
+    name: str, weights: str, how: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Companions keep every bit; random numbers go on."""
+    values, grads = make_problem(SHAPES, 6, torch.bfloat16)
+
+    def make(tensors: Sequence[torch.Tensor]) -> Optimizer:
+        params = [torch.nn.Parameter(tensor.detach().clone()) for tensor in tensors]
+        optimizer: Optimizer = getattr(fused_opt, name)(params, **RULES[name], weights=weights)
+        return optimizer
+
+    whole, first = make(values), make(values)
+    run_steps(whole, grads)
+    run_steps(first, grads[:3])
+    resumed = make(params_of(first))
+    resumed.load_state_dict(how(first.state_dict()))
+    assert_same_state(resumed, first)
+    run_steps(resumed, grads[3:])
+    assert_same_state(resumed, whole)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 0.0, -0.0])
+def test_numbers_that_bfloat16_has_stay(value: float) -> None:
+    param = torch.nn.Parameter(torch.full((600,), value, dtype=torch.bfloat16))
+    optimizer = fused_opt.SGD([param], lr=1.0, weights="stochastic")
+    for _ in range(5):
+        step_with(optimizer, [torch.zeros(600, dtype=torch.bfloat16)])
+        assert_same_bits(param + 0.0, torch.full((600,), value, dtype=torch.bfloat16) + 0.0)
+
+
+def test_wide_weights_are_as_without() -> None:
+    """float32 and float64 have no 16 bits to care for."""
+    for dtype, weights in itertools.product((torch.float32, torch.float64), ("stochastic", "split", "kahan", "master")):
+        values, grads = make_problem(SHAPES, 3, dtype)
+        optimizer, plain = (
+            fused_opt.AdamW([torch.nn.Parameter(value.clone()) for value in values], **given) for given in ({"weights": weights}, {})
+        )
+        run_steps(optimizer, grads)
+        run_steps(plain, grads)
+        assert_same_state(optimizer, plain)
+
+
+# --- what it is for ---
+
+
+def stagnation(weights: str | None) -> float:
+    """The loss of a linear regression in bfloat16, of a start near the solution, over that of fp32 training."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 32, generator=generator)
+    solution = torch.randn(32, generator=generator)
+    y = x @ solution
+    losses = []
+    for dtype, given in ((torch.bfloat16, weights), (torch.float32, None)):
+        param = torch.nn.Parameter((solution + 0.1 * torch.randn(32, generator=torch.Generator().manual_seed(1))).to(dtype))
+        optimizer = fused_opt.SGD([param], lr=2e-3, weights=given, average="ema", average_decay=0.98)
+        for _ in range(2000):
+            param.grad = (x.T @ (x @ param.detach().float() - y) / 256).to(dtype)
+            optimizer.step()
+        losses.append(float((x @ optimizer.state[param]["average"] - y).square().mean()))
+    return losses[0] / max(losses[1], 1e-5)
+
+
+def test_rounding_to_the_nearest_stagnates_where_others_do_not() -> None:
+    losses = {weights: stagnation(weights) for weights in (None, "stochastic", "kahan", "split", "master")}
+    assert losses[None] > 10, losses
+    for weights in ("stochastic", "kahan", "split", "master"):
+        assert losses[weights] < losses[None] / 10, losses
+
+
+def test_an_error_names_what_cannot_be_had() -> None:
+    """torch steps a parameter whose gradient is lazily negated, and knows nothing of companions."""
+    param = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    negated = torch._neg_view(torch.ones(4, dtype=torch.bfloat16))  # type: ignore[attr-defined]
+    param.grad = negated
+    for weights in ("stochastic", "kahan", "split", "master"):
+        optimizer = fused_opt.SGD([param], weights=weights)
+        with nothing_changes(optimizer), pytest.raises(RuntimeError, match=f"weights='{weights}'"):
+            optimizer.step()
