@@ -19,6 +19,10 @@ from fused_opt.bench import (
     end_to_end_row,
     machine,
     measure,
+    memory_table,
+    passes,
+    passes_plan,
+    passes_report,
     quality_report,
     quality_units,
     report,
@@ -33,6 +37,7 @@ from fused_opt.bench import (
 )
 from fused_opt.bench.implementations import Implementation, implementations, packages
 from fused_opt.bench.layouts import LAYOUTS
+from fused_opt.bench.passes_plan import PassJob
 from fused_opt.bench.sheet import Sheet, to_rich
 from fused_opt.bench.speed_plan import AS_TORCH, CONFIGURATIONS, DTYPES, STATES, Job
 from fused_opt.bench.speed_row import IN_TORCH, OURS, Row
@@ -48,7 +53,15 @@ PEERS = measure.Effort(budget=1.5, least=6, most=60)  # a step of others takes u
 
 # Not a workload of optimizers, but chosen like one: rows for quantize_blockwise and dequantize_blockwise.
 BLOCKS = "blocks"
-PARTS = (speed_measure.PART, speed_blocks.PART, conformance.PART, end_to_end_row.PART, quality_units.PART, stability.PART)
+PARTS = (
+    speed_measure.PART,
+    speed_blocks.PART,
+    passes.PART,
+    conformance.PART,
+    end_to_end_row.PART,
+    quality_units.PART,
+    stability.PART,
+)
 
 # Width of text where there is no terminal, and of tables where the terminal is narrower: lines that wrap are better than columns cut off.
 WIDTH, TABLE_WIDTH = 140, 170
@@ -69,12 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--layout", "layout", LAYOUTS, "LAYOUT", "contiguous"),
         ("--state", "format of states", STATES, "FORMAT", AS_TORCH),
         ("--implementation", "implementation", implementations(), "NAME", "torch's; with a selection also what is installed"),
-        ("--part", "part", PARTS, "PART", f"{speed_measure.PART}; with --full all"),
+        ("--part", "part", PARTS, "PART", f"{speed_measure.PART}, and without a selection three rows of {passes.PART}; with --full all"),
     ]
     for option, kind, names, metavar, default in selections:
         text = f"any of {', '.join(names)} (default: {default})"
         parser.add_argument(option, nargs="+", action="extend", type=one_of(kind, names), metavar=metavar, help=text)
-    parser.add_argument("--full", action="store_true", help="everything, with more rounds (less than 30 minutes)")
+    parser.add_argument("--full", action="store_true", help="everything, with more rounds (about half an hour)")
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "N"}
     parser.add_argument("--threads", type=list_of_numbers(1, 1024), help="numbers of threads for everybody (default: torch's)", **several)
     several["metavar"] = "NAME"
@@ -155,6 +168,7 @@ def sheets_by_part(results: Results) -> dict[str, list[Sheet]]:
     found = {
         speed_measure.PART: speed_report.sheets(rows),
         speed_blocks.PART: speed_report.block_sheets(speed_blocks.from_records(results.part(speed_blocks.PART))),
+        passes.PART: passes_report.sheets(results.part(passes.PART)),
         end_to_end_row.PART: end_to_end_row.sheets(results.part(end_to_end_row.PART)),
         quality_units.PART: quality_report.sheets(results.part(quality_units.PART)),
         conformance.PART: conformance_report.sheets(results.part(conformance.PART)),
@@ -198,6 +212,7 @@ def _units(args: argparse.Namespace) -> list[Unit]:
     shared = speed_measure.Shared()
     whole = args.full and not _selected(args)
     parts = args.part or (PARTS if whole else PARTS[:2] if BLOCKS in args.workloads else PARTS[:1])
+    brief = not (args.part or args.full or _selected(args))
     effort = FULL if args.full else QUICK
     in_torch = [name for name in IN_TORCH if name in (args.implementation or IN_TORCH)]
     units: list[Unit] = []
@@ -209,6 +224,9 @@ def _units(args: argparse.Namespace) -> list[Unit]:
     if speed_blocks.PART in parts:
         with_peers = args.full or BLOCKS in args.workloads
         units += [unit for count in _threads(args) for unit in speed_blocks.units(effort, shared.streaming, with_peers, count)]
+    if passes.PART in parts or brief:
+        units += passes.units(_pass_jobs(args, brief), effort, shared)
+        units += [] if brief else memory_table.units(passes.PART, args.full)
     if end_to_end_row.PART in parts:
         units += [unit for count in _threads(args) for unit in end_to_end.units(count or torch.get_num_threads(), args.full)]
     if conformance.PART in parts:
@@ -241,6 +259,14 @@ def _jobs(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
     if not _selected(args):
         against = [job for job in against if job.workload.name == "mlp" or job.against not in speed_plan.SLOW_TO_COMPILE]
     return _everywhere(chosen, args), _everywhere(against, args)
+
+
+def _pass_jobs(args: argparse.Namespace, brief: bool) -> list[PassJob]:
+    """Of what is asked for all, on the full run's workloads if none is; or the few of the quick run."""
+    workloads = [name for name in args.workloads if name != BLOCKS]
+    default = passes_plan.FULL_WORKLOADS if args.full else passes_plan.QUICK_WORKLOADS
+    jobs = passes_plan.QUICK_JOBS if brief else passes_plan.every_job(workloads or default)
+    return passes_plan.selected(jobs, args.optimizer, args.dtype, args.state, _threads(args))
 
 
 def _threads(args: argparse.Namespace) -> list[int]:
@@ -278,6 +304,7 @@ def _wrong(results: Results) -> bool:
     return (
         any(isinstance(row, Row) and OURS in row.wrong for row in rows)
         or not all(row.right for each in blocks for row in each.rows)
+        or any(row.wrong for row in passes_report.rows(results.part(passes.PART)))
         or any(row.wrong for row in trained if row.optimizer in (end_to_end_row.OURS, end_to_end_row.OURS_8BIT))
         or any(v.word not in conformance_report.RIGHT for each in checked if each.package == "fused_opt" for v in each.verdicts.values())
     )

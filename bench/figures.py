@@ -10,10 +10,11 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fused_opt.bench import conformance, conformance_report, quality_report, quality_units, speed_measure, stability
+from fused_opt.bench import conformance, conformance_report, passes, passes_report, quality_report, quality_units, speed_measure, stability
 from fused_opt.bench.implementations import implementations
 from fused_opt.bench.report import RESULTS
 from fused_opt.bench.speed_plan import AS_TORCH, INT8, Job
@@ -68,6 +69,8 @@ class Figures:
             "quality": self._quality,
             "conformance": self._conformance,
         }
+        for name, figure in passes_report.figures(results.part(passes.PART)).items():
+            self._known[name] = partial(_written_out, figure)
 
     def __getitem__(self, name: str) -> str:
         """Raises KeyError if there is no such figure, or the run did not measure it."""
@@ -157,6 +160,12 @@ class Figures:
     def _stability(self) -> str:
         (sheet,) = stability.sheets(self._results.part(stability.PART))
         return sheet.notes[0]
+
+
+def _written_out(figure: Callable[[], str | list[list[str]]]) -> str:
+    """A text as it is; a table, whose lines these are, below a line under its header."""
+    found = figure()
+    return found if isinstance(found, str) else _table([found[0], ["---"] * len(found[0]), *found[1:]])
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

@@ -22,19 +22,25 @@ from fused_opt.bench.cases import CASES, DTYPES, SHORT_DTYPES, Case
 from fused_opt.bench.exactness import Exactness, Result, compare_step
 from fused_opt.bench.layouts import permuted
 from fused_opt.bench.parity_report import Row
+from fused_opt.bench.plain_loop import is_staged, joined, plain_steps
 from fused_opt.bench.problem import Problem, make_problem
 from fused_opt.bench.reference import reference_steps
+from fused_opt.bench.stage_cases import STAGE_CASES, in_bits
 from fused_opt.bench.ulp import Difference, bits_equal
 from fused_opt.native import native
 
 HELP = "step every optimizer with every option and compare with what is promised; the exit status is 1 if a promise is broken"
 
 OPTIMIZERS = list(dict.fromkeys(case.optimizer for case in CASES))
+PARTS = ("rules", "stages")
 DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in (*DTYPES, *SHORT_DTYPES)}
 
 # No element, one, less than a vector, whole vectors, vectors and a tail; together enough for three threads, of which
 # each takes 32,768 elements at least. The two-dimensional ones are transposed: dense, but not contiguous.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (0, 3), (8, 8), (31, 33), (10, 10, 10), (4099,), (100003,))
+
+# Of steps with stages, which the plain loop takes in some thirty passes: without the last, which took three quarters of the time.
+STAGE_SHAPES = SHAPES[:-1]
 
 # Magnitudes of gradients, in powers of ten. Squares of the smallest are below fp32's normal numbers. In 16 bits the promise beside the bits
 # is one about exactness, which fp32 must be able to keep: there the squares are normal numbers, in float16 those of gradients themselves.
@@ -62,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     optimizers = ", ".join(OPTIMIZERS)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, metavar="NAME", help=f"any of {optimizers} (default: all)", **several)
     parser.add_argument("--dtype", choices=DTYPE_OF, metavar="NAME", help=f"any of {', '.join(DTYPE_OF)} (default: all)", **several)
+    parser.add_argument(
+        "--part", choices=PARTS, metavar="NAME", help="rules alone, or what is done beside them (clipping, averages...) (default: both)"
+    )
     parser.add_argument("--steps", type=whole_number(1, 10_000), default=20, metavar="N", help="(default: 20)")
     parser.add_argument(
         "--threads",
@@ -96,8 +105,14 @@ def run(args: argparse.Namespace) -> int:
         usage = f"--isa {unusable[0]}: this CPU or this build does not have it; use any of {', '.join(usable)}, or all"
         print(f"fused-opt parity: {usage}", file=sys.stderr)
         return 2
-    cases = [case for case in CASES if case.optimizer in (args.optimizer or OPTIMIZERS)]
-    work = [(case, dtype) for dtype in dict.fromkeys(args.dtype or DTYPE_OF) for case in cases]
+    cases = [(case, tuple(DTYPE_OF.values())) for case in CASES] if args.part != "stages" else []
+    cases += STAGE_CASES if args.part != "rules" else ()
+    work = [
+        (case, dtype)
+        for dtype in dict.fromkeys(args.dtype or DTYPE_OF)
+        for case, dtypes in cases
+        if case.optimizer in (args.optimizer or OPTIMIZERS) and DTYPE_OF[dtype] in dtypes and in_bits(case, DTYPE_OF[dtype])
+    ]
 
     described = machine.describe()
     console.print(parity_report.header(described, args.steps), markup=False)
@@ -125,10 +140,13 @@ def compare(case: Case, dtype: str, steps: int, isas: Sequence[str], threads: Se
     Raises:
         UnprovenError: it was not our code that ran, or the states are not those of torch.
     """
-    values, grads = _problem(DTYPE_OF[dtype], steps)
-    reference = reference_steps(case, values, grads)
-    default = getattr(torch.optim, case.optimizer)(_parameters(values), **case.options, foreach=False)
-    for_loop, _ = _steps(default, grads)
+    staged = is_staged(case)
+    values, grads = _problem(STAGE_SHAPES if staged else SHAPES, DTYPE_OF[dtype], steps)
+    reference = (plain_steps if staged else reference_steps)(case, values, grads)
+    for_loop: Result | None = None
+    if not staged:
+        default = getattr(torch.optim, case.optimizer)(_parameters(values), **case.options, foreach=False)
+        for_loop, _ = _steps(default, grads)
     rows = []
     for isa in isas:
         for count in threads:
@@ -144,10 +162,10 @@ def compare(case: Case, dtype: str, steps: int, isas: Sequence[str], threads: Se
                 where = f"on {isa}, but ran on {', '.join(sorted(paths))}"
                 raise UnprovenError(f"{case} in {dtype} was to run {where}; `fused-opt doctor` may say why")
             exactness: dict[str, Exactness] = {}
-            if DTYPE_OF[dtype] in SHORT_DTYPES:
+            if DTYPE_OF[dtype] in SHORT_DTYPES and not staged:
                 exactness = compare_step(case, before, grads[-1], ours)
             what = (case.optimizer, case.options, dtype, isa, max(step.threads for step in ran))
-            rows += [Row(*what, name, *found, exactness.get(name)) for name, found in _differences(case, ours, reference, for_loop)]
+            rows += [Row(*what, name, *found, exactness.get(name), staged) for name, found in _differences(case, ours, reference, for_loop)]
     return rows
 
 
@@ -165,13 +183,13 @@ def _steps(optimizer: Any, grads: list[list[torch.Tensor]]) -> tuple[Result, lis
         optimizer._last_ran = None
         optimizer.step()
         ran.append(optimizer._last_ran)
-    return [{"param": param.detach(), **optimizer.state[param]} for param in params], ran
+    return [joined({"param": param.detach(), **optimizer.state[param]}) for param in params], ran
 
 
-@functools.lru_cache(maxsize=1)  # cases of one dtype follow each other
-def _problem(dtype: torch.dtype, steps: int) -> Problem:
+@functools.lru_cache(maxsize=2)  # cases of one dtype follow each other, with stages and without
+def _problem(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, steps: int) -> Problem:
     decades = DECADES.get(dtype, DEFAULT_DECADES)
-    values, distinct = make_problem(SHAPES, min(steps, DISTINCT_GRADIENTS), dtype, SEED, decades, ZEROS)
+    values, distinct = make_problem(shapes, min(steps, DISTINCT_GRADIENTS), dtype, SEED, decades, ZEROS)
     return _permuted(values), list(itertools.islice(itertools.cycle(map(_permuted, distinct)), steps))
 
 
@@ -180,19 +198,23 @@ def _permuted(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _differences(
-    case: Case, ours: Result, reference: Result, for_loop: Result
-) -> Iterator[tuple[str, tuple[int, Difference, str, Difference]]]:
+    case: Case, ours: Result, reference: Result, for_loop: Result | None
+) -> Iterator[tuple[str, tuple[int, Difference, str, Difference | None]]]:
     """For "param" and each state the remaining fields of its Row."""
     names = list(reference[0])
-    for result in ours, reference, for_loop:
+    for result in ours, reference, for_loop or []:
         for tensors in result:
             if list(tensors) != names:
                 raise UnprovenError(f"{case} has the states {', '.join(tensors)} instead of {', '.join(names)}")
     for name in names:
-        mine, theirs, loops = ([tensors[name] for tensors in result] for result in (ours, reference, for_loop))
-        flat = torch.cat([t.reshape(-1) for t in mine])
-        differences = [Difference.of(flat, torch.cat([t.reshape(-1) for t in other])) for other in (theirs, loops)]
-        yield name, (flat.numel(), differences[0], _first_difference(mine, theirs), differences[1])
+        mine, theirs = ([tensors[name] for tensors in result] for result in (ours, reference))
+        flat = _flat(mine)
+        from_loop = Difference.of(flat, _flat([tensors[name] for tensors in for_loop])) if for_loop else None
+        yield name, (flat.numel(), Difference.of(flat, _flat(theirs)), _first_difference(mine, theirs), from_loop)
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _first_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str:

@@ -26,10 +26,11 @@ class Row:
         isa, threads: what our code says it ran on.
         tensor: "param" or a state's key.
         values: the number of values compared.
-        reference: the difference from bench/reference.py, which is promised to be none.
+        reference: the difference from bench/reference.py, or bench/plain_loop.py, which is promised to be none.
         broken: the first value whose bits are not the reference's, in words, or "" if the promise is kept.
-        for_loop: the difference from torch's for-loop, its default on the CPU, of which nothing is promised.
-        exactness: of the last step, in 16 bits; None in others and of step counters.
+        for_loop: the difference from torch's for-loop, its default on the CPU, of which nothing is promised; None of what torch lacks.
+        exactness: of the last step, in 16 bits; None in others, of step counters and with stages.
+        staged: whether there is more to a step than its rule (see bench/stage_cases.py).
     """
 
     optimizer: str
@@ -41,8 +42,9 @@ class Row:
     values: int
     reference: Difference
     broken: str
-    for_loop: Difference
+    for_loop: Difference | None
     exactness: Exactness | None
+    staged: bool = False
 
     @property
     def inexact(self) -> str:
@@ -74,6 +76,8 @@ def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:
     console.print("Values are counted by their distance in ULP.")
 
     console.print("\nPromised: torch's fused kernels (RMSprop: the for-loop with IEEE square roots); 16 bits: these in fp32, rounded")
+    if any(row.staged for row in rows):
+        console.print("and, + stages: clipping, regularisation, averages and weights beside a step, by torch's operations one by one")
     table = _table(verbose, several)
     table.add_column("promise", no_wrap=True)
     for group in groups:
@@ -86,12 +90,15 @@ def show(console: Console, rows: Sequence[Row], verbose: bool) -> None:
         _show_exactness(console, list(filter(None, exact_groups)), verbose, several)
 
     on = f" on {ran_on[0]}" if several else ""
-    console.print(f"\nFor information: ours{on} against torch's default, the for-loop")
     table = _table(verbose, several=False)
     for group in groups:
-        if group[0].ran_on == ran_on[0]:
-            table.add_row(*_cells(group, [row.for_loop for row in group], verbose, several=False))
-    console.print(table, end="\n\n")
+        for_loop = [row.for_loop for row in group if row.for_loop]
+        if for_loop and group[0].ran_on == ran_on[0]:
+            table.add_row(*_cells(group, for_loop, verbose, several=False))
+    if table.row_count:
+        console.print(f"\nFor information: ours{on} against torch's default, the for-loop")
+        console.print(table)
+    console.print()
 
     broken = [(row, fault) for row in rows for fault in (row.broken, row.inexact) if fault]
     for row, fault in broken[:SHOWN]:
@@ -124,9 +131,9 @@ def _promise(broken: Iterable[str]) -> str:
 
 
 def _by_optimizer(rows: Sequence[Row]) -> list[list[Row]]:
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str, bool], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.optimizer, row.dtype, row.ran_on), []).append(row)
+        groups.setdefault((row.optimizer, row.dtype, row.ran_on, row.staged), []).append(row)
     return list(groups.values())
 
 
@@ -144,7 +151,7 @@ def _table(verbose: bool, several: bool, fp32_cannot_tell: bool = False) -> Tabl
 def _cells(rows: Sequence[Row], differences: Sequence[Difference], verbose: bool, several: bool) -> list[str]:
     """The `_table`'s for rows alike in what it names."""
     first, total = rows[0], Difference.sum(differences)
-    names = [first.case, first.dtype, first.tensor] if verbose else [first.optimizer, first.dtype]
+    names = [first.case, first.dtype, first.tensor] if verbose else [first.optimizer + " + stages" * first.staged, first.dtype]
     if several:
         names.append(first.ran_on)
     elif not verbose:

@@ -37,6 +37,7 @@ from fused_opt.bench.passes_plan import (
     STATES,
     PassJob,
 )
+from fused_opt.bench.passes_report import TORCH, PassRow
 from fused_opt.bench.speed_measure import STREAMING_FROM, Shared
 from fused_opt.bench.speed_plan import INT8, Job
 from fused_opt.bench.speed_row import OURS
@@ -44,7 +45,6 @@ from fused_opt.bench.suite import OnShare, Record, Unit
 from fused_opt.native import native
 
 PART = "passes"
-TORCH = "torch"
 
 # Of a parameter, at the most at a time: values and gradients; twice each again, states, averages and masks; torch's temporaries.
 BYTES = 64
@@ -56,24 +56,17 @@ def units(jobs: Sequence[PassJob], effort: Effort, shared: Shared) -> list[Unit]
     def unit(job: PassJob) -> Unit:
         def measured(on_share: OnShare) -> Record:
             with measure.threads(job.threads or torch.get_num_threads()):
-                return measure_row(job, effort, shared, on_share)
+                return measure_row(job, effort, shared, on_share).to_record()
 
         return Unit(PART, str(job), measured, seconds=effort.budget + 0.2 + job.workload.elements / 3e7)
 
     return [unit(job) for job in jobs]
 
 
-def measure_row(job: PassJob, effort: Effort, shared: Shared, on_share: OnShare) -> Record:
-    """Compare and time, with torch's current number of threads. What is measured: see `passes_report.PassRow`."""
-    about: Record = {
-        "workload": job.workload.name,
-        "configuration": job.configuration,
-        "what": job.what,
-        "state": job.state,
-        "threads": job.threads,
-    }
+def measure_row(job: PassJob, effort: Effort, shared: Shared, on_share: OnShare) -> PassRow:
+    """Compare and time, with torch's current number of threads."""
     if reason := _cannot_measure(job):
-        return {**about, "skipped": reason}
+        return PassRow(job, skipped=reason)
     tensors = shared.tensors(Job(job.workload, job.row.dtype, "contiguous", job.configuration))
     loops: dict[str, Loop] = {
         OURS: Ours(job, [torch.nn.Parameter(value.clone()) for value in tensors.params]),
@@ -88,7 +81,7 @@ def measure_row(job: PassJob, effort: Effort, shared: Shared, on_share: OnShare)
     # What fits into caches is found there by everybody, as in speed_measure.py.
     lead_in = None if 28 * job.workload.elements >= STREAMING_FROM else 0.0
     samples = interleave(samplers({name: loop.step for name, loop in loops.items()}, lead_in), effort, on_round=on_share)
-    return {**about, "skipped": "", "samples": samples, "error": error}
+    return PassRow(job, samples, error)
 
 
 def _cannot_measure(job: PassJob) -> str:
@@ -237,7 +230,8 @@ def _anchors(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _masks(params: Iterable[torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
-    return fused_opt.magnitude_masks(params, PRUNED, scope="tensor")
+    """Without the smaller half of the weights: `magnitude_masks` finds it exactly, which takes a minute for gpt2."""
+    return {param: param.detach().abs() > PRUNED for param in params}
 
 
 class Ours:

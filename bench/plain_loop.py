@@ -190,9 +190,7 @@ class PlainLoop:
         if "compensation" in states:
             return wide + states["compensation"].to(wide.dtype)
         if "low_bits" in states:
-            low = states["low_bits"].to(torch.int32)
-            fits = torch.where(low < 0, weight != 0, ~weight.isinf())  # else the weight has been changed since
-            return torch.where(fits, (wide.view(torch.int32) + low).view(torch.float32), wide)
+            return _with_low_bits(weight, states["low_bits"])
         if "master" in states:
             rounded = states["master"].to(weight.dtype)
             return torch.where((rounded == weight) | (rounded.isnan() & weight.isnan()), states["master"], wide)
@@ -216,6 +214,33 @@ class PlainLoop:
     def _state_dtype(self, i: int) -> torch.dtype:
         dtype: torch.dtype = self.state_dtype or self.weights[i].dtype
         return dtype
+
+
+def is_staged(case: Case) -> bool:
+    """Whether a case has options of stages."""
+    decouples = case.optimizer in ("RMSprop", "SGD") and "decoupled_weight_decay" in case.options
+    return decouples or any(name in case.options for name in _OPTIONS)
+
+
+def plain_steps(case: Case, values: Sequence[torch.Tensor], grads: Sequence[Sequence[torch.Tensor]]) -> Result:
+    """As bench/reference.py's `reference_steps`, of a case with stages."""
+    loop = PlainLoop(case, values)
+    for step_grads in grads:
+        loop.step(step_grads)
+    return [joined(tensors) for tensors in loop.result()]
+
+
+def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the float32 number that weight and lower half make in place of the latter, whose bits are no number."""
+    low = tensors.get("low_bits")
+    return tensors if low is None else {**tensors, "low_bits": _with_low_bits(tensors["param"].detach(), low)}
+
+
+def _with_low_bits(weight: torch.Tensor, low_bits: torch.Tensor) -> torch.Tensor:
+    """A lower half that cannot be that of the weight is left out: somebody has changed the weight since."""
+    wide, low = _wide(weight), low_bits.to(torch.int32)
+    fits = torch.where(low < 0, weight != 0, ~weight.isinf())
+    return torch.where(fits, (wide.view(torch.int32) + low).view(torch.float32), wide)
 
 
 def total_norm(grads: Sequence[torch.Tensor], norm_type: float = 2) -> torch.Tensor:

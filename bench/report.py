@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from fused_opt.bench import (
     conformance,
     end_to_end_row,
+    passes,
     picture_speed,
     picture_training,
     quality_report,
@@ -37,6 +38,10 @@ OPEN_ROWS = 20  # fit on a screen
 _PARTS = {
     speed_measure.PART: ("Steps", "What optimizer.step() takes, on tensors with the shapes of real models."),
     speed_blocks.PART: ("Blockwise quantization", "float32 values to 8-bit codes with a scale for each block, and back."),
+    passes.PART: (
+        "One pass over memory",
+        "A step that clips, regularises, masks, averages or keeps weights in 16 bits, beside what a user of torch writes for it.",
+    ),
     end_to_end_row.PART: ("Whole training steps", "What a faster optimizer is worth beside a model's forward and backward pass."),
     quality_units.PART: ("Quality of trained models", "What states in fewer bits do to a training, beside what another seed does."),
     conformance.PART: (

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 
 #include "parallel.h"
 
@@ -13,7 +14,8 @@ constexpr int64_t kPiece = 4096;
 
 struct Gradient {
   const Operand* operand;
-  const Walk* walk;
+  const Walk* walk;  // null if it is densely packed
+  int place;         // among the walk's operands
   int64_t count;
   size_t first_piece;
 };
@@ -34,7 +36,7 @@ double norm_of_piece(const Gradient& gradient, int64_t first, int64_t count, con
     codec.decode(memory + offset * bytes, stride, real + done * real_bytes, length);
     done += length;
   };
-  gradient.walk ? gradient.walk->rows(kGrad, first, count, row) : row(first, 1, count);
+  gradient.walk ? gradient.walk->rows(gradient.place, first, count, row) : row(first, 1, count);
   return norm(real, count);
 }
 
@@ -42,14 +44,19 @@ double norm_of_piece(const Gradient& gradient, int64_t first, int64_t count, con
 
 double gradient_norm(const Batch& batch, const Isa& isa, bool largest, int max_threads) {
   std::vector<Gradient> gradients;
+  std::deque<Walk> walks;  // of parameters without states yet
   size_t pieces = 0;
   int64_t total = 0;
-  for (const Entry& entry : batch.entries) {
-    if (entry.in_tables) continue;
-    const Walk* const walk = entry.walk < 0 ? nullptr : &batch.walks[static_cast<size_t>(entry.walk)];
-    gradients.push_back({&entry.operands[kGrad], walk, entry.count, pieces});
+  const auto append = [&](const Entry& entry, const Walk* walk, int place) {
+    if (entry.in_tables) return;
+    gradients.push_back({&entry.operands[kGrad], walk, place, entry.count, pieces});
     pieces += static_cast<size_t>((entry.count + kPiece - 1) / kPiece);
     total += entry.count;
+  };
+  for (const Entry& entry : batch.entries) append(entry, entry.walk < 0 ? nullptr : &batch.walks[static_cast<size_t>(entry.walk)], kGrad);
+  for (const Batch::Candidate& candidate : batch.missing) {
+    const TensorInfo* const grad = &candidate.grad;
+    append(candidate.entry, is_dense(*grad) || candidate.entry.count == 0 ? nullptr : &walks.emplace_back(&grad, 1, 0), 0);
   }
   std::vector<double> norms(pieces);
   run_shares(total, max_threads, [&](int64_t begin, int64_t end) {  // pieces that start in the share

@@ -68,7 +68,11 @@ def join(weight, companion, STAGES: tl.constexpr, TYPE: tl.constexpr):
     if KAHAN & STAGES:
         return weight + companion.to(tl.float32)
     elif SPLIT & STAGES:
-        return codecs.float_of(codecs.bits_of(weight) + companion.to(tl.int32).to(tl.uint32, bitcast=True))
+        # Below zero and above infinity are the bits of NaN: from there a lower half is that of a weight that has been changed since.
+        bits = codecs.bits_of(weight)
+        low = companion.to(tl.int32)
+        fits = (bits & 0x7FFFFFFF) != tl.where(low < 0, 0, codecs.INFINITY)
+        return codecs.float_of(tl.where(fits, bits + low.to(tl.uint32, bitcast=True), bits))
     else:
         master = companion.to(tl.float32)
         return tl.where(nearest(master, TYPE) == weight, master, weight)

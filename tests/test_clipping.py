@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_loops import clip_norm, clip_value, train
 
 import fused_opt
 from forloop import forloop, forloop_step
@@ -17,7 +18,6 @@ from fused_opt.bench.stage_cases import RULES
 from fused_opt.bench.ulp import max_ulp
 from helpers import CLASSES, SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, needs_grad_dtype, params_of, run_steps
 from pairs import nothing_changes, set_grads
-from plain_loops import clip_norm, clip_value, train
 
 Optimizer = torch.optim.Optimizer
 SHAPES = ((40, 25), (), (77,), (501,))
@@ -329,7 +329,7 @@ def test_as_torch(value: float, place: int, norm_type: float) -> None:
 def test_raise(value: float, place: int, norm_type: float) -> None:
     optimizer, _ = broken_problem(value, place)
     optimizer.param_groups[0].update(nonfinite_grad_norm="raise", grad_norm_type=norm_type)
-    with nothing_changes(optimizer), pytest.raises(RuntimeError, match="cannot be clipped to max_grad_norm=1.0"):
+    with nothing_changes(optimizer), pytest.raises(RuntimeError, match=r"cannot be clipped to max_grad_norm=1\.0"):
         optimizer.step()
     assert not torch.isfinite(optimizer.last_grad_norm)
 
@@ -506,7 +506,7 @@ def test_groups_that_differ(options: dict[str, Any], other: dict[str, Any]) -> N
     optimizer = fused_opt.SGD([{"params": [param]} for param in params], **options)
     optimizer.step()
     optimizer.param_groups[1].update(other)
-    with nothing_changes(optimizer), pytest.raises(ValueError, match=f"{next(iter(other))} is .* in group 0 and .* in group 1"):
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=rf"{next(iter(other))} is .* in group 0 and .* in group 1"):
         optimizer.step()
 
 

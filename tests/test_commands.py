@@ -133,7 +133,7 @@ def test_layouts_keep_the_values() -> None:
 
 def test_parity_holds_and_says_so(tmp_path: Path) -> None:
     file = tmp_path / "parity.json"
-    result = run_here("parity", "--optimizer", "SGD", "--steps", "2", "--json", str(file))
+    result = run_here("parity", "--part", "rules", "--optimizer", "SGD", "--steps", "2", "--json", str(file))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every bit is as promised" in result.stdout
     report = json.loads(file.read_text())
@@ -144,7 +144,8 @@ def test_parity_holds_and_says_so(tmp_path: Path) -> None:
 
 def test_parity_of_16_bits_counts_distances_from_the_exact_result(tmp_path: Path) -> None:
     file = tmp_path / "parity.json"
-    result = run_here("parity", "--optimizer", "AdamW", "--steps", "3", "--dtype", "bfloat16", "float16", "--json", str(file))
+    command_line = ("parity", "--part", "rules", "--optimizer", "AdamW", "--steps", "3", "--dtype", "bfloat16", "float16")
+    result = run_here(*command_line, "--json", str(file))
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads(file.read_text())["rows"]
     assert {row["dtype"] for row in rows} == {"bfloat16", "float16"}
@@ -168,7 +169,7 @@ def test_parity_reports_a_planted_error(dtype: str, error: float, words: str, mo
         return (*scalars, last * (1 + error))
 
     monkeypatch.setattr(fused_opt.SGD, "_rule", dataclasses.replace(rules.SGD, scalars=wrong))
-    result = run_here("parity", "--optimizer", "SGD", "--steps", "2", "--dtype", dtype)
+    result = run_here("parity", "--part", "rules", "--optimizer", "SGD", "--steps", "2", "--dtype", dtype)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "the promise is broken" in result.stdout
     assert words in result.stdout

@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from plain_loops import add_l1, add_pull, shrink, soft_threshold, train
 
 import fused_opt
 from forloop import as_real
+from fused_opt import plan, stages
+from fused_opt.bench import parity
 from fused_opt.bench.cases import Case
 from fused_opt.bench.layouts import permuted
 from fused_opt.bench.plain_loop import PlainLoop
-from fused_opt.bench.stage_cases import ALL_DTYPES, RULES, STAGE_CASES, STAGES
+from fused_opt.bench.stage_cases import ALL_DTYPES, RULES, STAGE_CASES, WEIGHTS
 from fused_opt.bench.ulp import max_ulp
 from helpers import CLASSES, SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, params_of, run_steps
 from layouts import Layout
 from pairs import assert_native, nothing_changes
-from plain_loops import add_l1, add_pull, shrink, soft_threshold, train
 
 Optimizer = torch.optim.Optimizer
 DECADES = {torch.float16: (-4.0, 1.0)}
@@ -192,7 +194,7 @@ def combination(seed: int) -> tuple[Case, torch.dtype, bool]:
     ):
         if draw.random() < 0.6:
             options |= draw.choice(alternatives)
-    ways = [stages.options for stages in STAGES if "weights" in stages.options and len(stages.options) < 3 and dtype in stages.dtypes]
+    ways = [each.options for each in WEIGHTS if dtype in each.dtypes]
     if ways and draw.random() < 0.8:
         options |= draw.choice(ways)
     if name in ("RMSprop", "SGD") and draw.random() < 0.5:
@@ -216,6 +218,26 @@ def test_many_combinations(seed: int, place: Callable[[torch.Tensor], torch.Tens
     if place is with_gaps and case.options.get("weights") == "stochastic":
         place = permuted  # what is drawn depends on the order, of which the plain loop knows only memory's
     beside(case, dtype, LARGER, 5, place, masks)
+
+
+# --- `fused-opt parity` ---
+
+
+def test_parity_sees_a_planted_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousandth in what L1 takes off; what it does not touch is kept."""
+    right = plan.stage_scalars_of
+
+    def wrong(*args: Any) -> tuple[float, ...]:
+        scalars = list(right(*args))
+        scalars[stages.THRESHOLD] *= 1.001
+        return tuple(scalars)
+
+    cases = [Case("SGD", {"lr": 0.02, "l1": 0.5}), Case("SGD", {"lr": 0.02, "average": "ema"})]
+    for planted in (False, True):
+        if planted:
+            monkeypatch.setattr(plan, "stage_scalars_of", wrong)
+        broken = [[row.tensor for row in parity.compare(case, "float32", 2, SUPPORTED_ISAS, [1]) if row.broken] for case in cases]
+        assert broken == [["param"] * len(SUPPORTED_ISAS) if planted else [], []]
 
 
 # --- regularisation, each against a loop that is written out ---

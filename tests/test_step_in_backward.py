@@ -643,6 +643,24 @@ def test_errors_in_backward_leave_the_parameter_as_it_was(spoils: Callable[[Any]
     assert any(param.grad is not None for param in ours.model.parameters())
 
 
+def test_an_error_in_the_middle() -> None:
+    ours, normal = make_runs()
+    for run in (ours, normal):
+        run.train()
+    ours.optimizer.state[ours.model.norm.weight]["exp_avg"] = torch.zeros(1)
+    before = ours.model.norm.weight.detach().clone(), ours.model.token.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"\(norm.weight\) could not be stepped"):
+        loss_of(ours.model, 4).backward()
+    normal.optimizer.zero_grad()
+    loss_of(normal.model, 4).backward()
+    normal.optimizer.step()
+    assert_same_bits(ours.model.body.weight, normal.model.body.weight)  # complete before
+    assert_same_bits(ours.model.norm.weight, before[0])
+    assert_same_bits(ours.model.token.weight, before[1])  # not complete
+    assert ours.model.body.weight.grad is None
+    assert ours.model.norm.weight.grad is not None
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaler_is_refused_when_it_steps(fused: bool) -> None:
     ours, normal = make_runs(fused=fused)

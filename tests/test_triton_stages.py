@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 import fused_opt
 from fused_opt import plan
 from fused_opt.bench.cases import Case
-from fused_opt.device import DeviceStep, GradNorm, Share
 from fused_opt.device_norm import DeviceNorm
 from helpers import assert_same_bits, assert_same_state, params_of
 from test_triton_ptx import Launcher, OnGpu, on_gpu  # noqa: F401
@@ -84,50 +84,38 @@ def test_norm(dtype: torch.dtype, largest: bool, use_backend: UseBackend, on_gpu
         assert_same_bits(measure(optimizer, launcher, largest), torch.tensor(value, dtype=torch.float64))
 
 
-def clipped(optimizer: torch.optim.Optimizer, grads: Sequence[Sequence[torch.Tensor]], scale: float) -> list[torch.Tensor]:
-    """Its parameters and states after steps with these gradients, times `scale`, which a gradient scaler says they were."""
-    for step_grads in grads:
-        for param, grad in zip(params_of(optimizer), step_grads, strict=True):
-            param.grad = grad * scale
-        if scale != 1:
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.zeros(())
-        optimizer.step()
-    return [tensor for param in params_of(optimizer) for tensor in (param, *optimizer.state[param].values())]
-
-
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-@pytest.mark.parametrize("skips", [False, True])
-@pytest.mark.parametrize("options", [{"maximize": True}, {"max_grad_value": 0.02}], ids=str)
+@pytest.mark.parametrize("nonfinite", ["as_torch", "skip"])
+@pytest.mark.parametrize("options", [{"maximize": True}, {"max_grad_value": 0.02, "grad_norm_type": math.inf}], ids=str)
 def test_clipping_by_a_norm_on_the_device(
     options: dict[str, Any],
-    skips: bool,
+    nonfinite: str,
     scale: float,
     use_backend: UseBackend,
     on_gpu: OnGpu,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One norm is below the limit; one is infinite: then there is no step, or one with gradients of 0 and NaN, as torch makes them."""
-    launcher, limit, prepare = on_gpu(90), 900.0, DeviceStep.prepare
+    launcher = on_gpu(90)
     generator = torch.Generator().manual_seed(0)
     grads = [[torch.randint(-100, 100, (count,), generator=generator).float() for count in (1300, 7)] for _ in range(4)]
-    grads[1] = [grad / 8 for grad in grads[1]]
+    grads[1] = [grad / 1024 for grad in grads[1]]
     grads[2][1][3] = torch.inf
-
-    def prepare_clipped(self: DeviceStep, rule: Any, shares: Sequence[Share], on_device: bool, *rest: Any) -> None:
-        assert on_device
-        (total,) = DeviceNorm([]).measure([share.batch for share in shares], largest=False)
-        prepare(self, rule, shares, on_device, *rest, GradNorm((total.sqrt() / scale).float(), limit, skips))
-
-    monkeypatch.setattr(DeviceStep, "prepare", prepare_clipped)
     results = []
-    for backend, own in (
-        ("triton", {"capturable": True}),
-        ("cpu", {"max_grad_norm": limit, "nonfinite_grad_norm": "skip" if skips else "as_torch"}),
-    ):
+    for backend, own in (("triton", {"capturable": True}), ("cpu", {})):
         use_backend(backend)
-        optimizer = fused_opt.AdamW([torch.nn.Parameter(torch.ones_like(grad)) for grad in grads[0]], **options, **own)
-        results.append(clipped(optimizer, grads, scale))
+        params = [torch.nn.Parameter(torch.ones_like(grad)) for grad in grads[0]]
+        optimizer: Any = fused_opt.AdamW(params, max_grad_norm=0.5, nonfinite_grad_norm=nonfinite, **options, **own)
+        norms = []
+        for step_grads in grads:
+            for param, grad in zip(params, step_grads, strict=True):
+                param.grad = grad * scale
+            if scale != 1:
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.zeros(())
+            optimizer.step()
+            norms.append(optimizer.last_grad_norm.clone())
+        states = [tensor for param in params for tensor in (param, *optimizer.state[param].values())]
+        results.append([*norms, *states])
     for actual, expected in zip(*results, strict=True):
         assert_same_bits(actual, expected)
-    assert int(results[0][1]) == 4 - skips, "steps"
+    assert int(optimizer.state[params[0]]["step"]) == (3 if nonfinite == "skip" else 4)
     assert launcher.launched == 4 * 4, "norms of chunks, of all; scalars, step"
