@@ -16,6 +16,7 @@ from typing import Any
 
 from fused_opt.bench import conformance, conformance_report, passes, passes_report, quality_report, quality_units, speed_measure, stability
 from fused_opt.bench.implementations import implementations
+from fused_opt.bench.memory_table import Figure
 from fused_opt.bench.report import RESULTS
 from fused_opt.bench.speed_plan import AS_TORCH, INT8, Job
 from fused_opt.bench.speed_row import CONTIGUOUS, OURS, Row
@@ -162,7 +163,7 @@ class Figures:
         return sheet.notes[0]
 
 
-def _written_out(figure: Callable[[], str | list[list[str]]]) -> str:
+def _written_out(figure: Figure) -> str:
     """A text as it is; a table, whose lines these are, below a line under its header."""
     found = figure()
     return found if isinstance(found, str) else _table([found[0], ["---"] * len(found[0]), *found[1:]])

@@ -30,8 +30,8 @@ ELEMENTS = 2**20
 STEPS = 3
 
 OPTIMIZERS = ("adamw", "sgd-momentum", "rmsprop")
-# Ours: how weights are kept -> their dtype, the option, the formats of states.
-FORMATS: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
+FORMATS: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}  # of our states
+# How our weights are kept -> their dtype, and the option.
 WEIGHTS: dict[str, tuple[str, str | None]] = {
     "float32": ("float32", None),
     "bfloat16, nearest": ("bfloat16", None),
@@ -249,7 +249,7 @@ def sheets(measured: Sequence[Held]) -> list[Sheet]:
 
 def _sheet(optimizer: str, measured: Sequence[Held]) -> Sheet:
     columns = ["weights", "gradients", "states", "sum", "in backward", "float32 kept"]
-    result = Sheet(f"Bytes a parameter: {CONFIGURATIONS[optimizer]}", ["implementation", "weights in", "states in"], columns)
+    result = Sheet(f"Bytes a parameter: {optimizer}", ["implementation", "weights in", "states in"], columns)
     for each, following in zip(measured, [*measured[1:], None], strict=True):
         last = following is not None and OURS in (each.implementation, following.implementation) and each.weights != following.weights
         cells = [Cell("not measured", BAD)] if each.failure else _cells(each)
@@ -261,7 +261,8 @@ def _sheet(optimizer: str, measured: Sequence[Held]) -> Sheet:
         "has nothing for that. float32 kept: whether the weight's float32 value survives; ours: compared with a training of float32 "
         f"weights with the same states, bit for bit after {STEPS} steps.",
         "torch's float32 is also what torch.autocast takes, which keeps weights, gradients and states in float32. An average of the "
-        "weights (4 bytes) and a mask (1 byte) would come on top.",
+        "weights (4 bytes) and a mask (1 byte) would come on top. float16 takes what bfloat16 does; it cannot be rounded stochastically or "
+        "split.",
     ]
     return result
 
@@ -278,8 +279,12 @@ def _cells(each: Held) -> list[Cell | str]:
 
 
 def _full_name(name: str) -> str:
-    return f"torch {name}" if name in implementations() and implementations()[name].package == "torch" else name
+    implementation = implementations().get(name)
+    return f"torch {name}" if implementation and implementation.package == "torch" else name
 
+
+# A text, or the lines of a table with its header.
+Figure = Callable[[], str | list[list[str]]]
 
 # Lines of ours in the README's table.
 TOLD = (
@@ -289,9 +294,9 @@ TOLD = (
 )
 
 
-def figures(measured: Iterable[Held]) -> dict[str, Callable[[], list[list[str]] | str]]:
+def figures(measured: Iterable[Held]) -> dict[str, Figure]:
     """See `passes_report.figures`."""
-    found: dict[str, Callable[[], list[list[str]] | str]] = {}
+    found: dict[str, Figure] = {}
     lines = [["implementation", "weights in", "states in", "weights", "gradients", "states", "sum", "in backward", "float32 kept"]]
     for each in measured:
         if each.optimizer != "adamw" or each.failure:

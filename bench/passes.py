@@ -68,13 +68,7 @@ def measure_row(job: PassJob, effort: Effort, shared: Shared, on_share: OnShare)
     if reason := _cannot_measure(job):
         return PassRow(job, skipped=reason)
     tensors = shared.tensors(Job(job.workload, job.row.dtype, "contiguous", job.configuration))
-    loops: dict[str, Loop] = {
-        OURS: Ours(job, [torch.nn.Parameter(value.clone()) for value in tensors.params]),
-        TORCH: Torchs(job, [torch.nn.Parameter(value.to(torch.float32, copy=True)) for value in tensors.params]),
-    }
-    for loop in loops.values():
-        for param in loop.params:
-            param.grad = torch.empty_like(param)
+    loops = both(job, tensors.params)
     error = distance(job, loops[OURS], loops[TORCH], tensors.grads)
     for loop in loops.values():
         _set_gradients(loop, tensors.grads, 1.0)
@@ -82,6 +76,18 @@ def measure_row(job: PassJob, effort: Effort, shared: Shared, on_share: OnShare)
     lead_in = None if 28 * job.workload.elements >= STREAMING_FROM else 0.0
     samples = interleave(samplers({name: loop.step for name, loop in loops.items()}, lead_in), effort, on_round=on_share)
     return PassRow(job, samples, error)
+
+
+def both(job: PassJob, values: Sequence[torch.Tensor]) -> dict[str, Loop]:
+    """Ours and torch's on copies of these weights, torch's in float32."""
+    loops: dict[str, Loop] = {
+        OURS: Ours(job, [torch.nn.Parameter(value.clone()) for value in values]),
+        TORCH: Torchs(job, [torch.nn.Parameter(value.to(torch.float32, copy=True)) for value in values]),
+    }
+    for loop in loops.values():
+        for param in loop.params:
+            param.grad = torch.empty_like(param)
+    return loops
 
 
 def _cannot_measure(job: PassJob) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -129,15 +129,15 @@ def _cells(row: PassRow) -> list[Cell | str]:
     ]
 
 
-def figures(records: Mapping[str, Record]) -> dict[str, Callable[[], list[list[str]] | str]]:
-    """For the README, each by its name: a text, or the lines of a table with its header.
+def figures(records: Mapping[str, Record]) -> dict[str, memory_table.Figure]:
+    """For the README, each by its name.
 
     `pass-NAME` is the speed-up of a pass with AdamW on gpt2 with its interval, `pass-NAME-FORMAT` that with states of a format;
     `passes` is a table of all. `bytes` is a table for AdamW, `bytes-MODE-FORMAT` the bytes of a parameter with bfloat16 weights of a mode
     and states of a format, `released-bytes-MODE-FORMAT` those with steps inside of backward.
     """
     measured = [row for row in rows(records) if not row.skipped and not row.job.threads]
-    found: dict[str, Callable[[], list[list[str]] | str]] = {}
+    found: dict[str, memory_table.Figure] = {}
     for row in measured:
         if (row.job.workload.name, row.job.configuration) == ("gpt2", "adamw"):
             found[f"pass-{_name(row.job, '-')}"] = partial(_ratio, row)

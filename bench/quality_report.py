@@ -254,7 +254,7 @@ def _key(record: Record) -> Key:
 
 def _schedule(record: Record) -> str:
     """With the learning rate, if it is not the recipe's."""
-    return record["schedule"] + (f" from {record['lr']:g}" if record.get("rate", 1) != 1 else "")
+    return f"{record['schedule']} from {record['lr']:g}" if record.get("rate", 1) != 1 else str(record["schedule"])
 
 
 def _states(records: Sequence[Record]) -> list[str]:

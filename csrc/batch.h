@@ -61,7 +61,16 @@ struct Entry {
   void* counter = nullptr;  // the step counter's memory
   Device counter_device;
   bool counter_is_double = false;
+
+  // Operand number `k` is the tensor, stored in a format.
+  void place(int k, const TensorInfo& t, Format format) {
+    operands[k] = {t.data, format, nullptr};
+    bytes[k] = bytes_spanned(t);
+    if (format == Format::kFloat64) precision = Precision::kDouble;
+  }
 };
+
+inline int64_t blocks_of(int64_t numel, int64_t block_size) { return (numel + block_size - 1) / block_size; }
 
 class Batch {
  public:

@@ -12,6 +12,10 @@ struct Operand {
   void* data;
   Format format;
   void* scales;  // of states in 8-bit codes, which then have no format; else null
+
+  bool is_aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(kFormatBytes[static_cast<int>(format)]) == 0;
+  }
 };
 
 struct Task {

@@ -48,6 +48,22 @@ bool find_format(const TensorInfo& t, Format& format) {
   return true;
 }
 
+bool is_complex(const TensorInfo& t) { return t.kind == 'c'; }
+
+std::string describe(const TensorInfo& t) {
+  std::string text = "shape (";
+  for (int32_t d = 0; d < t.ndim; ++d) text += (d ? ", " : "") + std::to_string(t.shape[d]);
+  const char* kind = t.kind == 'f'   ? "float"
+                     : t.kind == 'b' ? "bfloat"
+                     : t.kind == 'c' ? "complex"
+                     : t.kind == 'i' ? "int"
+                     : t.kind == 'u' ? "uint"
+                                     : "other";
+  return text + "), dtype " + kind + std::to_string(t.bits);
+}
+
+int64_t bytes_spanned(const TensorInfo& t) { return span(t) * t.bits / 8; }
+
 bool is_codes(const TensorInfo& t) { return (t.kind == 'i' || t.kind == 'u') && t.bits == 8; }
 
 int64_t span(const TensorInfo& t) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <string>
 #include <vector>
 
 #include "request.h"
@@ -43,11 +45,25 @@ bool is_dense(const TensorInfo& t);
 bool find_format(const TensorInfo& t, Format& format);
 // Whether the elements are bytes.
 bool is_codes(const TensorInfo& t);
+bool is_complex(const TensorInfo& t);
+
+// Shape and dtype, for errors.
+std::string describe(const TensorInfo& t);
 
 // Elements between a tensor's first and its last one in memory, both included: numel() if it is dense.
 int64_t span(const TensorInfo& t);
 
+int64_t bytes_spanned(const TensorInfo& t);
+
 // Whether no two elements share memory: true if it certainly is so.
 bool surely_disjoint(const TensorInfo& t);
+
+// Memory at an address that need not be a multiple of the size.
+template <class T>
+T load(const void* data) {
+  T x;
+  std::memcpy(&x, data, sizeof x);
+  return x;
+}
 
 }  // namespace fused_opt

@@ -136,7 +136,9 @@ class DeviceStep:
         for bucket in buckets:
             device = bucket.device
             if device not in shared:
-                shared[device] = self._upload_constants(rule, shares, numbers, device) if on_device else self._upload_scalars(shares, device)
+                shared[device] = (
+                    self._upload_constants(rule, shares, numbers, device) if on_device else self._upload_scalars(shares, device)
+                )
             scalars = self._prepare_scalars(rule, bucket, shared[device], scaler, clip) if on_device else shared[device]
             self._add(bucket, self._variant(rule, bucket, unscales), len(bucket.chunks), (bucket.rows, bucket.chunks, scalars))
         if self._tables.captures:

@@ -35,9 +35,10 @@ SCALAR_COLUMNS = tl.constexpr(20)
 def update_tile(
     param, grad, states, scales, operands, first, count, s, t, seed, grad_scale,
     ACCUMULATE: tl.constexpr, MOVE: tl.constexpr, L2: tl.constexpr, FLAGS: tl.constexpr, KINDS: tl.constexpr,
-    STAGES: tl.constexpr, OPERAND_TYPES: tl.constexpr, UNSCALE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, CODED: tl.constexpr, MASKED: tl.constexpr,
+    STAGES: tl.constexpr, OPERAND_TYPES: tl.constexpr,
+    UNSCALE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, CODED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x SIZE elements from the addresses on, the first of which is number `first`, and `count` exist; with codes a row is a block."""
+    """ROWS x SIZE elements from the addresses on, of which the first is number `first` and `count` exist; with codes a row is a block."""
     STATES: tl.constexpr = len(states)
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, SIZE)[None, :]
@@ -58,7 +59,7 @@ def update_tile(
         unscaled = tl.div_rn(g, grad_scale)
         tl.store(grad + at, unscaled.to(grad.dtype.element_ty), mask)
     if STAGES:
-        # Whether averages are loaded and stored: a tile of equal whole numbers, of which the compiler knows that they are, for its accesses.
+        # Whether averages are loaded and stored. It is made of equal whole numbers, so that accesses are as wide as without a mask.
         averages = tl.zeros((ROWS, SIZE), tl.int32) + tl.where(t[stages.AVERAGE_WEIGHT] != 0.0, 1, 0) != 0
         found = ()
         for k in tl.static_range(len(OPERAND_TYPES)):

@@ -256,12 +256,12 @@ def rounded(values: torch.Tensor, steps: int = 1, **options: Any) -> list[torch.
 UNIT = 2.0**-7  # between bfloat16 numbers from 1 to 2
 
 
-@pytest.mark.parametrize("fraction", [2**-7, 0.125, 0.25, 0.5, 0.75, 1 - 2**-7])
+@pytest.mark.parametrize("fraction", [2**-7, 0.25, 0.5, 1 - 2**-7])
 def test_stochastic_rounding_is_unbiased(fraction: float) -> None:
     """It goes up as often as the number's distance from the one below says: a z-test of independent draws, those of blocks of 256."""
-    up = torch.stack([(result > 1).double() for result in rounded(torch.full((256 * 400,), 1 + fraction * UNIT), steps=50)])
+    up = torch.stack([(result > 1).double() for result in rounded(torch.full((256 * 400,), 1 + fraction * UNIT), steps=30)])
     assert set(up.unique().tolist()) == {0.0, 1.0}
-    draws = up.view(50, 400, 256)
+    draws = up.view(30, 400, 256)
     one_each = torch.stack([draws[:, block, (37 * block) % 256] for block in range(400)])  # another place in each block
     deviation = math.sqrt(fraction * (1 - fraction) / one_each.numel())
     assert abs(float(one_each.mean()) - fraction) < Z * deviation
@@ -296,18 +296,18 @@ def test_draws_are_independent() -> None:
 
 
 def test_small_steps_count_on_average() -> None:
-    """2000 of a hundredth of the distance between two weights, of which the nearest would never leave one, are 20 of them. The deviation of
-    a weight is sqrt(2000 * 0.01 * 0.99) = 4.4; of the mean of 512 blocks, each drawn together, it is 0.2 at the most."""
-    param = torch.nn.Parameter(torch.ones(4096 * 32, dtype=torch.bfloat16))
+    """1000 of a hundredth of the distance between two weights, of which the nearest would never leave one, are 10 of them. The deviation of
+    a weight is sqrt(1000 * 0.01 * 0.99) = 3.1; of the mean of 128 blocks, each drawn together, it is 0.28 at the most."""
+    param = torch.nn.Parameter(torch.ones(128 * 256, dtype=torch.bfloat16))
     optimizer = fused_opt.SGD([param], lr=1.0, weights="stochastic")
     grad = torch.full(param.shape, -0.01 * UNIT).bfloat16()
     step_size = -float(grad[0]) / UNIT
-    for _ in range(2000):
+    for _ in range(1000):
         param.grad = grad
         optimizer.step()
     moved = (param.detach().double() - 1) / UNIT
-    deviation = math.sqrt(2000 * step_size * (1 - step_size) / (4096 * 32 / 256))
-    assert abs(float(moved.mean()) - 2000 * step_size) < Z * deviation
+    deviation = math.sqrt(1000 * step_size * (1 - step_size) / 128)
+    assert abs(float(moved.mean()) - 1000 * step_size) < Z * deviation
     assert float(moved.std()) > 1
 
 
@@ -386,28 +386,24 @@ def test_wide_weights_are_as_without() -> None:
 # --- what it is for ---
 
 
-def stagnation(weights: str | None) -> float:
-    """The loss of a linear regression in bfloat16, of a start near the solution, over that of fp32 training."""
+def regression(dtype: torch.dtype, weights: str | None) -> float:
+    """The loss of a linear regression after training from near its solution."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(256, 32, generator=generator)
-    solution = torch.randn(32, generator=generator)
-    y = x @ solution
-    losses = []
-    for dtype, given in ((torch.bfloat16, weights), (torch.float32, None)):
-        param = torch.nn.Parameter((solution + 0.1 * torch.randn(32, generator=torch.Generator().manual_seed(1))).to(dtype))
-        optimizer = fused_opt.SGD([param], lr=2e-3, weights=given, average="ema", average_decay=0.98)
-        for _ in range(2000):
-            param.grad = (x.T @ (x @ param.detach().float() - y) / 256).to(dtype)
-            optimizer.step()
-        losses.append(float((x @ optimizer.state[param]["average"] - y).square().mean()))
-    return losses[0] / max(losses[1], 1e-5)
+    x, solution = torch.randn(128, 32, generator=generator), torch.randn(32, generator=generator)
+    param = torch.nn.Parameter((solution + 0.1 * torch.randn(32, generator=generator)).to(dtype))
+    optimizer = fused_opt.SGD([param], lr=5e-3, weights=weights, average="ema", average_decay=0.98)
+    for _ in range(800):
+        param.grad = (x.T @ (x @ (param.detach().float() - solution)) / 128).to(dtype)
+        optimizer.step()
+    return float((x @ (optimizer.state[param]["average"] - solution)).square().mean())
 
 
 def test_rounding_to_the_nearest_stagnates_where_others_do_not() -> None:
-    losses = {weights: stagnation(weights) for weights in (None, "stochastic", "kahan", "split", "master")}
-    assert losses[None] > 10, losses
+    losses = {weights: regression(torch.bfloat16, weights) for weights in (None, "stochastic", "kahan", "split", "master")}
+    in_fp32 = regression(torch.float32, None)
+    assert losses[None] > 100 * in_fp32, (losses, in_fp32)
     for weights in ("stochastic", "kahan", "split", "master"):
-        assert losses[weights] < losses[None] / 10, losses
+        assert losses[weights] < losses[None] / 10, (losses, in_fp32)
 
 
 def test_an_error_names_what_cannot_be_had() -> None:

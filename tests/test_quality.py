@@ -26,7 +26,7 @@ from fused_opt.bench.quality_recipes import DECOUPLED, L2, RECIPES
 from fused_opt.bench.quality_report import Comparison, compare
 from fused_opt.bench.quality_tasks import FOLDS, TASKS, diabetes, digits
 from fused_opt.bench.quality_units import DEFAULT, DEFAULT_OF_WEIGHTS, FORMATS, SHARED, Combination, units
-from fused_opt.bench.quality_weights import NEAREST, WEIGHTS, Format, StoredInBFloat16, formats
+from fused_opt.bench.quality_weights import Format
 from fused_opt.bench.sheet import BAD
 from fused_opt.bench.speed_plan import AS_TORCH, BF16, INT8, STATES
 from fused_opt.bench.training import SCHEDULES, side_by_side, take_turns
@@ -257,44 +257,6 @@ def test_recipes_learn(task: str, metric: str, least: float, optimizer: str) -> 
         assert found["curve"]["losses"][-1] < 0.8 * found["curve"]["losses"][0]
 
 
-def test_weights_rounded_to_the_nearest_stand_still_where_all_others_follow_float32() -> None:
-    """At rates near 1e-4, where most steps are less than half the distance between two bfloat16 numbers.
-
-    Nearest lost more than half of what float32 gained, and the others at most 0.3 %.
-    """
-    ways = formats([AS_TORCH], WEIGHTS)
-    found = measure_one(Combination("diabetes", *SHARED, rate=0.1), steps=60, compared=ways)["states"]
-    exact = found[AS_TORCH]
-    before = exact["curve"]["losses"][0]
-    errors = {str(way): found[str(way)]["scores"]["MSE"] for way in ways}
-    gained = before - exact["scores"]["MSE"]
-    assert gained > 0.1
-    assert errors.pop(NEAREST) - exact["scores"]["MSE"] > 0.25 * gained
-    assert set(errors) == {"stochastic", "kahan", "split", "master"}
-    for name, error in errors.items():
-        assert abs(error - exact["scores"]["MSE"]) < 0.02 * gained, name
-        assert found[name]["moved"] > 3 * found[NEAREST]["moved"] > 0
-    sizes = {name: round(each["memory"], 2) for name, each in found.items()}
-    assert sizes == {AS_TORCH: 16, NEAREST: 12, "stochastic": 12, "kahan": 14, "split": 14, "master": 16}
-
-
-def test_what_is_stored_in_bfloat16_is_computed_with_in_float32() -> None:
-    problem = diabetes()
-    torch.manual_seed(0)
-    rounded: Any = problem.make_model()
-    for param in rounded.parameters():
-        param.data = param.data.bfloat16().float()
-    stored = StoredInBFloat16(copy.deepcopy(rounded))
-    batch = problem.batch(torch.Generator().manual_seed(0))
-    losses = rounded.loss(*batch), stored.loss(*batch)
-    assert torch.equal(*losses)
-    sum(losses).backward()
-    for exact, param in zip(rounded.parameters(), stored.parameters(), strict=True):
-        assert param.dtype == torch.bfloat16
-        assert torch.equal(param.grad, exact.grad.bfloat16())
-    assert problem.scores(rounded) == problem.scores(stored)
-
-
 def test_decay_can_be_left_out() -> None:
     records = [measure_one(Combination("diabetes", "adamw", "cosine", decay), steps=20) for decay in (True, False)]
     assert [(record["decay"], record["weight_decay"]) for record in records] == [("decoupled", 10.0), ("none", 0.0)]
@@ -417,26 +379,6 @@ def test_what_is_trained_can_be_selected(tmp_path: Path) -> None:
     names = [f"diabetes {name}{decay} step" for name in ("adam", "rmsprop") for decay in (" without decay", "")]
     assert list(records) == [f"{name} seed {seed}" for name in names for seed in range(2)]
     assert all(set(each["states"]) == {AS_TORCH, INT8} for each in records.values())
-
-
-def test_weights_can_be_compared_with_any_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "quality.json"
-    selection = ["--weights", "split", NEAREST, "--state", "int8", "--rate", "0.1", "1"]
-    records = command("diabetes", *selection, "--steps", "2", "--seeds", "2", file=file)
-    names = [f"diabetes adamw warm-up{rate}" for rate in (" rate x 0.1", "")]
-    assert list(records) == [f"{name} seed {seed}" for name in names for seed in range(2)]
-    assert [each["lr"] for each in records.values()] == pytest.approx([1e-4, 1e-4, 1e-3, 1e-3])
-    assert all(list(each["states"]) == [AS_TORCH, f"{NEAREST} int8", "split int8"] for each in records.values())
-    assert {round(each["states"]["split int8"]["memory"]) for each in records.values()} == {8}
-    printed = capsys.readouterr().out
-    assert "Trained models: diabetes, weights in bfloat16" in printed
-    assert "warm-up from 0.0001" in printed
-    trained, loss = quality_report.sheets(records)
-    assert [row[4].text for row in trained.rows] == 4 * ["float32", f"{NEAREST} int8", "split int8"]
-    assert len(loss.rows) == 6
-    assert (
-        loss.rows[0][3].text == f"{sum(records[f'{names[1]} seed {n}']['states'][AS_TORCH]['curve']['losses'][0] for n in (0, 1)) / 2:.4f}"
-    )
 
 
 def test_a_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

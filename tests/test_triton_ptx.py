@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import fused_opt
-from fused_opt import plan
 from fused_opt.bench.cases import CASES, Case
-from fused_opt.kernels import launch
 from helpers import assert_same_bits, assert_same_state, make_problem, params_of
 from ptx import PtxFaultError
-from ptx.launching import PtxLauncher
+from ptx.stepping import OnGpu, gpu
 from triton_steps import BF16, BF16_INT8, FORMATS, FP32, FP32_INT8, LARGE, SMALL, Format, UseBackend, compare, of_all_cases, step_by
 
 ARCHITECTURES = (80, 90, 100)
@@ -26,44 +25,11 @@ TYPICAL = (
 )
 
 
-class Launcher(PtxLauncher):
-    """Kernels may touch the tensors of the optimizer that steps, each to its end, and their gradients for reading only."""
-
-    optimizer: torch.optim.Optimizer | None = None
-
-    def launch(self, *args: Any) -> None:
-        self._declared.clear()
-        if self.optimizer is not None:
-            params = params_of(self.optimizer)
-            self.declare("parameter", params)
-            self.declare("gradient", [param.grad for param in params], writable=self.optimizer.__dict__.get("grad_scale") is not None)
-            self.declare("lr", [lr for lr in (group["lr"] for group in self.optimizer.param_groups) if isinstance(lr, torch.Tensor)], False)
-            for param in params:
-                for name, state in self.optimizer.state.get(param, {}).items():
-                    self.declare(name, [state])
-        super().launch(*args)
-
-
-OnGpu = Callable[[int], Launcher]
-
-
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnGpu]:
+def on_gpu() -> Iterator[OnGpu]:
     """Call it with an architecture to have Triton's kernels compiled for it, and run here."""
-    run = plan.Plan.run
-
-    def use(architecture: int) -> Launcher:
-        launcher = Launcher(architecture)
-        monkeypatch.setattr(launch, "launcher", launcher)
-
-        def run_declared(self: plan.Plan) -> None:
-            launcher.optimizer = self.optimizer
-            run(self)
-
-        monkeypatch.setattr(plan.Plan, "run", run_declared)
-        return launcher
-
-    return use
+    with contextlib.ExitStack() as until_the_end:
+        yield lambda architecture: until_the_end.enter_context(gpu(architecture))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -114,6 +114,8 @@ class Placed:
 
 # A whole tile and a tail; less than a tile; empty; at an odd address, more than a tile; one element.
 SMALL = (Placed(1024 + 130), Placed(33), Placed(0), Placed(1060, offset=3), Placed(1))
+# The same for tiles of 8-bit codes, which are twice as large.
+MEDIUM = (Placed(2048 + 300), Placed(33, offset=1), Placed(0), Placed(1))
 # Also more than a chunk, with a tail, and exactly a tile.
 LARGE = (Placed(2 * 8192 + 1024 + 17), Placed(1024), Placed(8192 + 1, offset=1), *SMALL)
 
