@@ -179,7 +179,7 @@ def _ours(optimizer: str, weights: str, dtype: str, mode: str | None, states: st
     keeps = torch.equal(stepper.float32_weights()[param], exact)
     held = _held(optimizer, OURS, weights, states, param, stepper)
     with fused_opt.step_in_backward([param], stepper):
-        (param * param.detach()).sum().backward()
+        torch.autograd.backward((param * param.detach()).sum())
         released = 0 if param.grad is None else param.grad.nbytes
     return replace(held, keeps_float32=keeps, released_bytes=released / elements)
 
@@ -202,8 +202,8 @@ def _held(
     optimizer: str, implementation: str, weights: str, states: str, param: torch.nn.Parameter, stepper: torch.optim.Optimizer
 ) -> Held:
     assert param.grad is not None
-    sizes = (each / param.numel() for each in (param.nbytes, param.grad.nbytes, state_bytes(stepper)))
-    return Held(optimizer, implementation, weights, states, *sizes, keeps_float32=param.dtype == torch.float32)
+    sizes = [each / param.numel() for each in (param.nbytes, param.grad.nbytes, state_bytes(stepper))]
+    return Held(optimizer, implementation, weights, states, sizes[0], sizes[1], sizes[2], keeps_float32=param.dtype == torch.float32)
 
 
 def others(peers: Iterable[Peer], elements: int = ELEMENTS) -> list[Held]:

@@ -128,9 +128,13 @@ def place(loop: Loop, indices: Sequence[torch.Tensor]) -> torch.Tensor:
 @torch.no_grad()
 def _set_gradients(loop: Loop, grads: Sequence[torch.Tensor], factor: float) -> None:
     """The factor is a power of two, so that it is exact."""
-    for param, grad in zip(loop.params, grads, strict=True):
-        assert param.grad is not None
-        param.grad.copy_(grad).mul_(factor)
+    for own, grad in zip(gradients(loop), grads, strict=True):
+        own.copy_(grad).mul_(factor)
+
+
+def gradients(loop: Loop) -> list[torch.Tensor]:
+    """Of all its weights."""
+    return [param.grad for param in loop.params if param.grad is not None]
 
 
 class Loop(Protocol):
@@ -154,11 +158,13 @@ class Torchs:
 
     Attributes:
         optimizer: torch's.
+        weights: its parameters.
         averages: of the weights, if somebody averages.
     """
 
     def __init__(self, job: PassJob, params: list[torch.nn.Parameter]) -> None:
         self.params = params
+        self.weights: list[torch.Tensor] = list(params)
         self.averages: list[torch.Tensor] = []
         self.optimizer = implementations()[job.step].make(job.case, params)
         before, after = ([AROUND[name](self) for name in names] for names in job.row.torchs)
@@ -171,16 +177,15 @@ class Torchs:
 
     def values(self) -> list[torch.Tensor]:
         """See `Loop`."""
-        return [*self.params, *self.averages]
+        return [*self.weights, *self.averages]
 
 
 def _pulling(loop: Torchs) -> Callable[[], object]:
-    anchors = _anchors(loop.params)
+    anchors, weights = _anchors(loop.params), loop.weights
 
     @torch.no_grad()
     def pull() -> None:
-        grads = [param.grad for param in loop.params]
-        torch._foreach_add_(grads, torch._foreach_sub(loop.params, anchors), alpha=ANCHOR_DECAY)
+        torch._foreach_add_(gradients(loop), torch._foreach_sub(weights, anchors), alpha=ANCHOR_DECAY)
 
     return pull
 
@@ -198,10 +203,11 @@ def _shrinking(loop: Torchs) -> Callable[[], object]:
 
 def _pruning(loop: Torchs) -> Callable[[], object]:
     masks = [mask.to(param.dtype) for param, mask in _masks(loop.params).items()]  # as torch.nn.utils.prune has them
+    weights = loop.weights
 
     @torch.no_grad()
     def prune() -> None:
-        torch._foreach_mul_(loop.params, masks)
+        torch._foreach_mul_(weights, masks)
 
     prune()
     return prune
@@ -209,7 +215,7 @@ def _pruning(loop: Torchs) -> Callable[[], object]:
 
 def _averaging(loop: Torchs) -> Callable[[], object]:
     model = torch.nn.ParameterList(loop.params)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))  # type: ignore[no-untyped-call]
     loop.averages = list(averaged.module.parameters())
     return functools.partial(averaged.update_parameters, model)
 

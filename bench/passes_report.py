@@ -10,9 +10,9 @@ from typing import Any
 from fused_opt.bench import memory_table
 from fused_opt.bench.exact_sample import COMPARED_STEPS
 from fused_opt.bench.measure import Estimate, Spread, paired_ratios
-from fused_opt.bench.passes_plan import FULL_WORKLOADS, PassJob
+from fused_opt.bench.passes_plan import FULL_WORKLOADS, NORM_DETOUR, STATE_DETOURS, PassJob
 from fused_opt.bench.sheet import BAD, STRONG, Cell, Sheet
-from fused_opt.bench.speed_plan import AS_TORCH
+from fused_opt.bench.speed_plan import AS_TORCH, INT8
 from fused_opt.bench.speed_report import interval, milliseconds
 from fused_opt.bench.speed_row import OURS
 from fused_opt.bench.suite import Record
@@ -113,8 +113,9 @@ def _sheet(dtype: str, measured: Sequence[PassRow]) -> Sheet:
         "speed-up: the time that torch takes for a step and what is named beside it, over that of our step, which does it all: the median "
         "of the rounds with its 95 % confidence interval.",
         f"apart: how far the weights, and their averages, are from torch's after {COMPARED_STEPS} steps, as a share of what rounding in "
-        "float32 explains; where the norm of all gradients counts, which torch adds up in float32, of another 0.01 % of their way; with "
-        "states in 16 or 8 bits of 10 % of it; rounded stochastically also of one unit in the last place a step.",
+        f"float32 explains; where the norm of all gradients counts, which torch adds up in float32, of another {NORM_DETOUR:.2%} of their "
+        f"way; with states in 16 bits of {STATE_DETOURS[AS_TORCH]:.0%} and in 8 bits of {STATE_DETOURS[INT8]:.0%} of it; rounded "
+        "stochastically also of one unit in the last place a step.",
     ]
     return result
 

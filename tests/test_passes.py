@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import planted_peers
 from fused_opt import cli
 from fused_opt.bench import benchmark, memory_table, passes, passes_report
 from fused_opt.bench.contestants import Tensors
@@ -97,7 +95,7 @@ def test_a_row_is_timed_and_read_as_it_was_written(monkeypatch: pytest.MonkeyPat
     row = PassRow.from_record(json.loads(json.dumps(record)))
     assert row.job == job
     assert row.to_record() == record
-    assert {name: len(times) for name, times in row.samples.items()} == {"ours": 3, TORCH: 3}
+    assert len(row.samples["ours"]) == len(row.samples[TORCH]) >= 2
     assert not row.wrong
     assert record["torchs"] == "clip_grad_norm_ + fused step + AveragedModel.update_parameters"
     monkeypatch.setattr(passes.machine, "available_memory", lambda: 1000)
@@ -120,11 +118,13 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory_table, name, functools.partial(getattr(memory_table, name), elements=FEW))
 
 
-def test_the_part_is_added_to_a_file_that_has_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_part_is_added_to_a_file_that_has_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     few(monkeypatch)
     monkeypatch.setattr(benchmark, "QUICK", SMALL)
     file = tmp_path / "results.json"
-    arguments = ["rl", "--optimizer", "sgd-momentum", "--report", str(tmp_path)]
+    arguments = ["rl", "--optimizer", "sgd-momentum", "--json", str(file)]
     assert cli.main(["bench", *arguments]) == 0
     before = Results.read(file)
     assert set(before.records) == {"speed"}
@@ -132,9 +132,9 @@ def test_the_part_is_added_to_a_file_that_has_others(tmp_path: Path, monkeypatch
     after = Results.read(file)
     assert after.part("speed") == before.part("speed")
     assert list(after.part("passes")) == ["rl sgd-momentum clip", "rl sgd-momentum ema", "bytes a parameter"]
-    page = (tmp_path / "index.html").read_text()
-    assert "One pass over memory" in page
-    assert "flashoptim, as published" in page
+    printed = capsys.readouterr().out
+    assert "One pass over memory" in printed
+    assert "flashoptim, as published" in printed
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
@@ -157,15 +157,14 @@ def test_bytes_are_those_of_the_tensors() -> None:
 
 
 def test_bytes_of_others_are_measured_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted = {"Same": "planted_peers:Same", "Raises": "planted_peers:Raises"}
-    for name, where in planted.items():
-        monkeypatch.setitem(implementations(), name, Implementation(name, "pytest", {"AdamW": where}))
+    for name in ("Working", "Failing"):
+        monkeypatch.setitem(implementations(), name, Implementation(name, "pytest", {"AdamW": f"planted_peers:{name}"}))
     monkeypatch.setitem(implementations(), "none", Implementation("none", "no_such_package", {}))
-    peers = [Peer("fused", "bfloat16", "bfloat16"), Peer("Same", "float32", "float32"), Peer("Raises", "float32", "float32")]
+    peers = [Peer("fused", "bfloat16", "bfloat16"), Peer("Working", "float32", "float32"), Peer("Failing", "float32", "float32")]
     torchs, same, fails, none = memory_table.others([*peers, Peer("none", "float32", "float32")], FEW)
     assert (torchs.total, torchs.keeps_float32, torchs.released_total) == (8, False, None)
     assert (same.total, same.keeps_float32, same.failure) == (16, True, "")
-    assert fails.failure
+    assert "no compiler found" in fails.failure
     assert "not installed" in none.failure
     (sheet,) = memory_table.sheets([torchs, same, fails, none])
     assert [row[-1].text for row in sheet.rows] == ["no", "yes", "not measured", "not measured"]
@@ -195,5 +194,3 @@ def test_the_readmes_figures() -> None:
     assert "| flashoptim, as published | bfloat16, 24 bits with states | int8 | 2.00 | 2.00 | 3.00 | 7.00 | 5.00 | no |" in figures["bytes"]
     with pytest.raises(KeyError):
         Figures(Results({}, {}, {passes.PART: {}}))["pass-clip"]
-    assert torch.get_num_threads() >= 1
-    assert planted_peers

@@ -1,123 +1,33 @@
-"""Steps inside of backward: the bits are those of the normal loop, and what cannot work is refused."""
+"""Steps inside of backward have the bits of the normal loop."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import io
-import json
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from backward_runs import WIDTH, Run, adamw, assert_same_run, loss_of, make_net, make_runs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_opt
-from fused_opt.backward import StepInBackward, step_in_backward
-from fused_opt.bench import backward, end_to_end
+from fused_opt.backward import step_in_backward
 from fused_opt.bench.cases import CASES, Case
-from fused_opt.bench.char_model import Size
-from fused_opt.bench.end_to_end import Task
-from fused_opt.bench.measure import Effort
 from fused_opt.bench.stage_cases import STAGE_CASES
 from helpers import assert_same_bits, assert_same_state, params_of
-
-STEPS = 4
-WIDTH = 8
-
-
-class Net(nn.Module):
-    """With a matrix used twice, one that no step uses, and one that is frozen."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, sparse: bool = False) -> None:
-        super().__init__()
-        self.token = nn.Embedding(11, WIDTH, sparse=sparse)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.body = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, 11, bias=False)
-        if not sparse:
-            self.head.weight = self.token.weight
-        self.unused = nn.Linear(3, 2)
-        self.frozen = nn.Parameter(torch.ones(WIDTH), requires_grad=False)
-        self.to(dtype)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(torch.tanh(self.body(self.norm(self.token(tokens)))) * self.frozen)
-        return logits
-
-
-def make_net(dtype: torch.dtype = torch.float32, sparse: bool = False) -> Net:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Net(dtype, sparse)
-
-
-def loss_of(model: Callable[..., Any], seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    tokens, targets = torch.randint(11, (2, 5, 3), generator=generator)
-    return nn.functional.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
-
-
-def groups_of(model: Any) -> list[dict[str, Any]]:
-    """Two, of which the second has an option of its own."""
-    named = list(model.named_parameters())
-    return [{"params": named[1::2]}, {"params": named[::2], "lr": 0.05}]
-
-
-@dataclass
-class Run:
-    """A model in training, with a schedule."""
-
-    model: Any
-    optimizer: Any
-    schedule: Any = None
-    handle: StepInBackward | None = None
-
-    def __post_init__(self) -> None:
-        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=0.5)
-
-    def train(self, steps: range = range(STEPS)) -> None:
-        for seed in steps:
-            self.optimizer.zero_grad()
-            loss_of(self.model, seed).backward()
-            if self.handle is not None:
-                assert all(param.grad is None for param in self.model.parameters())
-            self.optimizer.step()
-            self.schedule.step()
-
-
-def make_runs(
-    name: str = "AdamW", dtype: torch.dtype = torch.float32, prepare: Callable[[Any], None] = lambda optimizer: None, **options: Any
-) -> tuple[Run, Run]:
-    """Steps in backward, and the normal loop."""
-    ours, normal = (
-        Run(model, getattr(fused_opt, name)(groups_of(model), **copy.deepcopy(options))) for model in (make_net(dtype), make_net(dtype))
-    )
-    for run in (ours, normal):
-        prepare(run.optimizer)
-    ours.handle = step_in_backward(ours.model, ours.optimizer)
-    return ours, normal
-
-
-def assert_same_run(ours: Run, normal: Run) -> None:
-    assert_same_state(ours.optimizer, normal.optimizer)
-    assert [group["lr"] for group in ours.optimizer.param_groups] == [group["lr"] for group in normal.optimizer.param_groups]
 
 
 @pytest.fixture(autouse=True)
 def one_thread(threads: Callable[[int], None]) -> None:
     threads(1)
-
-
-# Bits
 
 
 def mask(optimizer: Any) -> None:
@@ -139,6 +49,8 @@ class Kind:
 
 
 INT8: dict[str, Any] = {"min_8bit_size": 0, "block_size": 32}
+
+
 KINDS = (
     *(Kind(name, INT8, dtype) for name in ("Adam8bit", "AdamW8bit", "RMSprop8bit") for dtype in (torch.float32, torch.bfloat16)),
     Kind("SGD8bit", {"momentum": 0.9, **INT8}),
@@ -153,6 +65,8 @@ KINDS = (
     Kind("SGD", {"momentum": 0.9, "average": "swa"}, torch.bfloat16, mask),
     Kind("RMSprop", {"anchor_decay": 0.1}, prepare=anchor),
 )
+
+
 ALL_KINDS = (
     *(Kind(case.optimizer, case.options) for case in CASES),
     *(
@@ -209,9 +123,6 @@ def test_sparse_gradients_are_stepped_by_torch() -> None:
     for run in runs:
         run.train()
     assert_same_run(*runs)
-
-
-# The loop
 
 
 def test_accumulation_steps_with_the_sum() -> None:
@@ -399,9 +310,6 @@ def test_the_handle_need_not_be_kept() -> None:
     assert model.body.weight.grad is not None
 
 
-# Graphs
-
-
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -483,258 +391,3 @@ def test_weights_that_are_their_averages_are_not_stepped() -> None:
     ours.train()
     with ours.optimizer.average_weights(), pytest.raises(RuntimeError, match=r"could not be stepped.*leave average_weights\(\) first"):
         loss_of(ours.model, 0).backward()
-
-
-# What cannot work
-
-
-def state_of(optimizer: Any) -> list[torch.Tensor]:
-    tensors = [value for state in optimizer.state.values() for value in state.values()]
-    return [tensor.detach().clone() for tensor in (*params_of(optimizer), *tensors)]
-
-
-@contextlib.contextmanager
-def nothing_changed(optimizer: Any) -> Iterator[None]:
-    before = state_of(optimizer)
-    attributes = set(vars(optimizer))
-    hooks = dict(optimizer._optimizer_step_pre_hooks)
-    yield
-    after = state_of(optimizer)
-    assert set(vars(optimizer)) <= attributes | {"_captured"}
-    assert dict(optimizer._optimizer_step_pre_hooks) == hooks
-    for one, other in zip(before, after, strict=True):
-        assert_same_bits(one, other)
-
-
-class OwnStep(fused_opt.AdamW):
-    def step(self, closure: Any = None) -> Any:
-        return super().step(closure)
-
-
-def adamw(model: Any, **options: Any) -> Any:
-    return fused_opt.AdamW(list(model.parameters()), **options)
-
-
-def swapped(model: Any) -> tuple[Any, Any]:
-    return adamw(model), model
-
-
-def listed_twice(model: Any) -> tuple[Any, Any]:
-    optimizer = adamw(model)
-    optimizer.param_groups[0]["params"].append(model.body.weight)
-    return model, optimizer
-
-
-def again(model: Any) -> tuple[Any, Any]:
-    optimizer = adamw(model)
-    step_in_backward(model.body, optimizer)
-    return model, optimizer
-
-
-def by_two(model: Any) -> tuple[Any, Any]:
-    step_in_backward(model, adamw(model))
-    return model, adamw(model)
-
-
-def clipped_group(model: Any) -> tuple[Any, Any]:
-    optimizer = adamw(model)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "max_grad_norm": 2.0})
-    return model, optimizer
-
-
-def scaled(model: Any) -> tuple[Any, Any]:
-    optimizer = adamw(model)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
-    return model, optimizer
-
-
-REFUSED: dict[str, tuple[Callable[[Any], tuple[Any, Any]], type[Exception], str]] = {
-    "torch's": (
-        lambda model: (model, torch.optim.AdamW(model.parameters())),
-        TypeError,
-        "is a torch.optim.adamw.AdamW.*make it with fused_opt",
-    ),
-    "swapped": (swapped, TypeError, "second, after the model"),
-    "own step": (lambda model: (model, OwnStep(model.parameters())), RuntimeError, "OwnStep has a step.* of its own.*normal loop"),
-    "a tensor": (lambda model: (model.body.weight, adamw(model)), TypeError, "a Parameter is neither a model nor a list.*pass model"),
-    "a number": (lambda model: ([1.0], adamw(model)), TypeError, "a float is among the parameters.*pass model"),
-    "none": (lambda model: ([model.frozen], adamw(model)), ValueError, "no parameter that requires gradients"),
-    "another's": (
-        lambda model: (model, adamw(model.body)),
-        ValueError,
-        r"shape \(11, 8\) and dtype torch.float32 is not in the optimizer; pass",
-    ),
-    "twice": (listed_twice, ValueError, "as parameters 4 of group 0 and 8 of group 0"),
-    "again": (again, RuntimeError, "steps in backward already; add"),
-    "by two": (by_two, RuntimeError, "parameter 1 of group 0 is stepped in backward already; leave it out, or remove"),
-    "norm": (lambda model: (model, adamw(model, max_grad_norm=1.0)), RuntimeError, "group 0 has max_grad_norm=1.0.*use max_grad_value"),
-    "norm of a group": (clipped_group, RuntimeError, "group 1 has max_grad_norm=2.0"),
-    "differentiable": (lambda model: (model, adamw(model, differentiable=True)), RuntimeError, "differentiable=True.*leave it out"),
-    "scaler": (scaled, RuntimeError, "GradScaler's attributes.*bfloat16"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str) -> None:
-    make, error, message = REFUSED[name]
-    model = make_net()
-    given, optimizer = make(model)
-    hooks = {param: dict(param._post_accumulate_grad_hooks or {}) for param in model.parameters()}
-    with nothing_changed(optimizer if isinstance(optimizer, torch.optim.Optimizer) else given), pytest.raises(error, match=message):
-        step_in_backward(given, optimizer)
-    assert {param: dict(param._post_accumulate_grad_hooks or {}) for param in model.parameters()} == hooks
-
-
-def test_the_same_parameter_is_added_once() -> None:
-    model = make_net()
-    handle = step_in_backward(model.body, adamw(model))
-    with pytest.raises(RuntimeError, match="parameter 4 of group 0 is stepped in backward already"):
-        handle.add([model.norm.weight, model.body.weight])
-    loss_of(model, 0).backward()
-    assert model.norm.weight.grad is not None
-
-
-def test_distributed_modules_are_refused() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.Linear(2, 2), nn.parallel.DistributedDataParallel(nn.Linear(2, 2)))
-        with pytest.raises(RuntimeError, match=r"module '1' is a DistributedDataParallel.*average param.grad in a hook"):
-            step_in_backward(model, adamw(model))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def set_norm(optimizer: Any) -> None:
-    optimizer.param_groups[1]["max_grad_norm"] = 1.0
-
-
-def set_scale(optimizer: Any) -> None:
-    optimizer.grad_scale = torch.tensor(2.0)
-
-
-def set_rate(optimizer: Any) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = "much"
-
-
-def spoil(optimizer: Any) -> None:
-    for state in optimizer.state.values():
-        state["exp_avg"] = state["exp_avg"].flatten()[:1]
-
-
-@pytest.mark.parametrize(
-    ("spoils", "message"),
-    [
-        (set_norm, "group 1 has max_grad_norm=1.0"),
-        (set_scale, "GradScaler's attributes"),
-        (
-            spoil,
-            r"parameter \d of group \d \((norm|body).*\) could not be stepped in backward \(alone, as parameter 0 .*\): .*exp_avg",
-        ),
-        (set_rate, "an option of a value that cannot be used"),
-    ],
-)
-def test_errors_in_backward_leave_the_parameter_as_it_was(spoils: Callable[[Any], None], message: str) -> None:
-    ours, _ = make_runs()
-    ours.train()
-    spoils(ours.optimizer)
-    with nothing_changed(ours.optimizer), pytest.raises((RuntimeError, ValueError), match=message):
-        loss_of(ours.model, 0).backward()
-    assert any(param.grad is not None for param in ours.model.parameters())
-
-
-def test_an_error_in_the_middle() -> None:
-    ours, normal = make_runs()
-    for run in (ours, normal):
-        run.train()
-    ours.optimizer.state[ours.model.norm.weight]["exp_avg"] = torch.zeros(1)
-    before = ours.model.norm.weight.detach().clone(), ours.model.token.weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"\(norm.weight\) could not be stepped"):
-        loss_of(ours.model, 4).backward()
-    normal.optimizer.zero_grad()
-    loss_of(normal.model, 4).backward()
-    normal.optimizer.step()
-    assert_same_bits(ours.model.body.weight, normal.model.body.weight)  # complete before
-    assert_same_bits(ours.model.norm.weight, before[0])
-    assert_same_bits(ours.model.token.weight, before[1])  # not complete
-    assert ours.model.body.weight.grad is None
-    assert ours.model.norm.weight.grad is not None
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_scaler_is_refused_when_it_steps(fused: bool) -> None:
-    ours, normal = make_runs(fused=fused)
-    assert ours.handle is not None
-    scaler, other = (torch.amp.GradScaler("cpu", init_scale=8.0) for _ in range(2))
-    for run, its in ((ours, scaler), (normal, other)):  # with gradients left to the scaler it can work
-        with ours.handle.accumulating():
-            its.scale(loss_of(run.model, 0)).backward()
-        its.step(run.optimizer)
-        its.update()
-        run.optimizer.zero_grad()
-    assert_same_run(ours, normal)
-    scaler.scale(loss_of(ours.model, 1)).backward()
-    with pytest.raises(RuntimeError, match="GradScaler cannot be used with step_in_backward"):
-        scaler.step(ours.optimizer)
-    ours.optimizer.step()  # goes on without
-    ours.train(range(2))
-
-
-# The measurement
-
-
-class Inside:
-    """A worker that is no process of its own."""
-
-    def __init__(self, threads: int) -> None:
-        self.session: dict[str, Any] = {}
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(self.session, *args)
-
-    def __enter__(self) -> Inside:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.session.clear()
-
-
-def test_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    effort = Effort(budget=1, least=2, most=2)
-    small = Task("small", Size(width=16, layers=1, heads=2, context=8), vocabulary=128, batch=4, length=8, lead_in=0, effort=effort)
-    monkeypatch.setattr(end_to_end, "Worker", Inside)
-    monkeypatch.setattr(backward, "TASKS", (small,))
-    with torch.random.fork_rng(devices=[]):
-        try:
-            status = backward.main(["--model", "small", "--threads", "1", "--json", str(tmp_path / "found.json")])
-        finally:
-            gc.enable()
-    assert status == 0
-    trained = json.loads((tmp_path / "found.json").read_text())["trained"]
-    assert list(trained) == ["AdamW", "AdamW, in backward", "AdamW8bit", "AdamW8bit, in backward"]
-    for name in ("AdamW", "AdamW8bit"):
-        assert trained[f"{name}, in backward"]["losses"] == trained[name]["losses"]
-        assert trained[name]["losses"][1] < trained[name]["losses"][0]
-        assert len(trained[name]["seconds"]) == 2
-    assert "WRONG" not in capsys.readouterr().out
-
-
-def test_what_the_measurement_finds_wrong() -> None:
-    some = {"failure": "", "seconds": [0.2, 0.2], "optimizer_seconds": [0.1, 0.1], "first_seconds": 1.0}
-    trained = {
-        "AdamW": {**some, "losses": [5.0, 3.0], "peak_bytes": 500_000_000},
-        "AdamW, in backward": {**some, "losses": [5.0, 3.5], "seconds": [0.1, 0.1], "peak_bytes": 400_000_000},
-        "AdamW8bit": {"failure": "no [8] bits"},
-    }
-    record = {"model": "small", "threads": 2, "tokens": 8, "parameters": 1_000_000, "skipped": "", "trained": trained}
-    sheet = backward.sheet(record)
-    assert [[cell.text for cell in row] for row in sheet.rows] == [
-        ["AdamW", "200.0", "", "500", "", "3.0000"],
-        ["AdamW, in backward", "100.0", "2.00 (2.00 to 2.00)", "400", "100", "3.5000"],
-        ["AdamW8bit", "failed"],
-    ]
-    assert sheet.notes[:2] == [
-        "AdamW8bit failed: no [8] bits.",
-        "AdamW, in backward is WRONG: its loss went from 5.0 to 3.5, not to 3.0.",
-    ]
-    assert backward.sheet({**record, "trained": {}, "skipped": "too little memory"}).notes[0] == "Skipped: too little memory."

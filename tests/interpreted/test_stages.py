@@ -17,6 +17,6 @@ def test_together(format_: Format, case: Case, use_backend: UseBackend) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("format_", "case"), stages_of_all_rules(), ids=str)
+@pytest.mark.parametrize(("format_", "case"), [each for each in stages_of_all_rules() if each[1].optimizer == "SGD"], ids=str)
 def test_alone(format_: Format, case: Case, use_backend: UseBackend) -> None:
     compare(use_backend, case, format_, SMALL, steps=2)
