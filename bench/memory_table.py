@@ -17,7 +17,7 @@ import torch
 
 import fused_opt
 from fused_opt.bench.cases import Case
-from fused_opt.bench.implementations import implementations, state_bytes
+from fused_opt.bench.implementations import Implementation, implementations, state_bytes
 from fused_opt.bench.sheet import BAD, STRONG, Cell, Sheet
 from fused_opt.bench.speed_plan import CONFIGURATIONS, DTYPES
 from fused_opt.bench.suite import OnShare, Record, Unit
@@ -209,17 +209,18 @@ def _held(
 def others(peers: Iterable[Peer], elements: int = ELEMENTS) -> list[Held]:
     """With AdamW: torch's here, those of each other package in a process of its own; once that has failed, so do the rest of them."""
     found = []
-    for package, of_package in itertools.groupby(peers, lambda peer: implementations()[peer.name].package):
+    known = implementations()
+    for package, of_package in itertools.groupby(peers, lambda peer: known[peer.name].package):
         with contextlib.ExitStack() as stack:
             worker = None
             for peer in of_package:
-                failure = implementations()[peer.name].missing
+                failure = known[peer.name].missing
                 try:
                     if package == "torch":
-                        found.append(_peer(peer, elements))
+                        found.append(_peer(known[peer.name], peer, elements))
                     elif not failure:
                         worker = worker or stack.enter_context(Worker(1))
-                        found.append(worker.call(_elsewhere, peer, elements))
+                        found.append(worker.call(_elsewhere, known[peer.name], peer, elements))
                 except WorkerError as error:
                     failure = str(error)
                 if failure:
@@ -227,16 +228,14 @@ def others(peers: Iterable[Peer], elements: int = ELEMENTS) -> list[Held]:
     return found
 
 
-def _elsewhere(session: Session, peer: Peer, elements: int) -> Held:
+def _elsewhere(session: Session, implementation: Implementation, peer: Peer, elements: int) -> Held:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torchao compiles its step, which changes no size
-    return _peer(peer, elements)
+    return _peer(implementation, peer, elements)
 
 
-def _peer(peer: Peer, elements: int) -> Held:
-    implementation = implementations()[peer.name]
-    implementation = replace(implementation, options={**implementation.options, **dict(peer.options)})
+def _peer(implementation: Implementation, peer: Peer, elements: int) -> Held:
     param = torch.nn.Parameter(_values(elements)[0].to(DTYPES[peer.dtype]))
-    stepper = implementation.make(Case("AdamW"), [param])
+    stepper = replace(implementation, options={**implementation.options, **dict(peer.options)}).make(Case("AdamW"), [param])
     _step(param, stepper, elements, 1)
     held = _held("adamw", peer.name, peer.weights, peer.states, param, stepper)
     return replace(held, released_bytes=0.0 if peer.releases else None)

@@ -168,7 +168,7 @@ class Torchs:
         self.averages: list[torch.Tensor] = []
         self.optimizer = implementations()[job.step].make(job.case, params)
         before, after = ([AROUND[name](self) for name in names] for names in job.row.torchs)
-        self._calls = [*before, self.optimizer.step, *after]
+        self._calls: list[Callable[[], object]] = [*before, self.optimizer.step, *after]
 
     def step(self) -> None:
         """See `Loop`."""
@@ -267,4 +267,4 @@ class Ours:
         """See `Loop`."""
         states = [self.optimizer.state[param] for param in self.params]
         averages = [state["average"] for state in states if "average" in state]
-        return [*(self.optimizer.float32_weights()[param] for param in self.params), *averages]
+        return [*self.optimizer.float32_weights().values(), *averages]

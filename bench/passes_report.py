@@ -113,7 +113,7 @@ def _sheet(dtype: str, measured: Sequence[PassRow]) -> Sheet:
         "speed-up: the time that torch takes for a step and what is named beside it, over that of our step, which does it all: the median "
         "of the rounds with its 95 % confidence interval.",
         f"apart: how far the weights, and their averages, are from torch's after {COMPARED_STEPS} steps, as a share of what rounding in "
-        f"float32 explains; where the norm of all gradients counts, which torch adds up in float32, of another {NORM_DETOUR:.2%} of their "
+        f"float32 explains; where the norm of all gradients counts, which torch adds up in float32, of another {NORM_DETOUR:.1%} of their "
         f"way; with states in 16 bits of {STATE_DETOURS[AS_TORCH]:.0%} and in 8 bits of {STATE_DETOURS[INT8]:.0%} of it; rounded "
         "stochastically also of one unit in the last place a step.",
     ]
@@ -137,7 +137,7 @@ def figures(records: Mapping[str, Record]) -> dict[str, memory_table.Figure]:
     `passes` is a table of all. `bytes` is a table for AdamW, `bytes-MODE-FORMAT` the bytes of a parameter with bfloat16 weights of a mode
     and states of a format, `released-bytes-MODE-FORMAT` those with steps inside of backward.
     """
-    measured = [row for row in rows(records) if not row.skipped and not row.job.threads]
+    measured = [row for row in rows(records) if not row.skipped and not row.job.threads and row.job.workload.name in FULL_WORKLOADS]
     found: dict[str, memory_table.Figure] = {}
     for row in measured:
         if (row.job.workload.name, row.job.configuration) == ("gpt2", "adamw"):

@@ -43,7 +43,7 @@ class PlainLoop:
 
     Args:
         case: the optimizer, options of rule and stages. `state_dtype` rounds the rule's states to it after each step.
-        values: the parameters; they are copied. Writing to `weights` is what a user does who changes them.
+        values: the parameters, which are copied. To write to `weights` is to change them between two steps.
         masks: a bool tensor for each parameter that has one.
         anchors: what `anchor_decay` pulls to; otherwise the first weights.
         group: number of the param group, on which random numbers depend.
@@ -256,7 +256,7 @@ def total_norm(grads: Sequence[torch.Tensor], norm_type: float = 2) -> torch.Ten
     if norm_type == 2 and wide:
         squares = torch.cat([_real(grad).reshape(-1).square() for grad in doubles])
         return torch.tensor(math.sqrt(math.fsum(squares.tolist())), dtype=torch.float64)
-    total = torch.linalg.vector_norm(torch.cat([grad.abs() for grad in doubles]), norm_type)
+    total: torch.Tensor = torch.linalg.vector_norm(torch.cat([grad.abs() for grad in doubles]), norm_type)
     return total if wide else total.float()
 
 

@@ -71,6 +71,8 @@ DEFAULT = [
     *combinations(SMALL_TASKS, [optimizer for optimizer in RECIPES if optimizer != "adamw"], ["cosine"]),
 ]
 # Of formats of weights. The recipe's rate is one for a model of this size; a tenth of it, 3e-4, is what large ones are trained with.
+# After 300 steps the characters' loss was 0.148 higher there with weights rounded to the nearest (seeds differ by 0.002), and at the
+# recipe's rate 0.026 (seeds differ by 0.022).
 DEFAULT_OF_WEIGHTS = combinations(TASKS, SHARED[:1], SHARED[1:], rates=[0.1])
 
 

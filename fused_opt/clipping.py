@@ -63,11 +63,12 @@ def measure(plan: Plan, scaler: Scaler | None) -> Clip:
     if limit is None:
         return Clip()
     largest = math.isinf(options.get("grad_norm_type") or 2)
-    total: float | torch.Tensor = _total(plan.groups, plan.backend, largest)
+    here = _total(plan.groups, plan.backend, largest)
+    total: float | torch.Tensor = here
     on_devices = _totals_on_devices(plan, largest)
     if on_devices:
         there = on_devices[0].device
-        totals = torch.stack([torch.full((), total, dtype=torch.float64, device=there), *(each.to(there) for each in on_devices)])
+        totals = torch.stack([torch.full((), here, dtype=torch.float64, device=there), *(each.to(there) for each in on_devices)])
         total = totals.amax() if largest else totals.sum()
     total = _combined(optimizer, total)
     scale = None if scaler is None else scaler.grad_scale

@@ -52,7 +52,9 @@ class DeviceTables:
         self._chunk = chunk
         self._captured = captured  # what graphs refer to: they do not keep it alive
         self._streams: list[int] = []
-        self._forget()
+        self._tables: _cpu.Tables = native().module.Tables(chunk)
+        self._buckets: list[Bucket] = []
+        self._constants: dict[torch.device, tuple[bytes, torch.Tensor]] = {}
         self.uploads = 0
 
     def begin(self) -> _cpu.Tables:
@@ -107,9 +109,7 @@ class DeviceTables:
 
     def _forget(self) -> None:
         """Copy everything in the next step."""
-        self._tables: _cpu.Tables = native().module.Tables(self._chunk)
-        self._buckets: list[Bucket] = []
-        self._constants: dict[torch.device, tuple[bytes, torch.Tensor]] = {}
+        self._tables, self._buckets, self._constants = native().module.Tables(self._chunk), [], {}
 
     def _bucket(self, i: int, found: Found, before: list[Bucket]) -> Bucket:
         kind, index = found.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,10 +156,10 @@ def _states(optimizer: FusedStep, group: Group, index: int) -> Iterator[tuple[st
             yield name, _name(found), param.numel() * found.itemsize
 
 
-def _rule_states(optimizer: FusedStep, group: Group, index: int, existing: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
+def _rule_states(optimizer: FusedStep, group: Group, index: int, existing: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
     param = group["params"][index]
     for slot in optimizer._rule.slots(group):
-        state = existing.get(slot)
+        state: Any = existing.get(slot)
         if is_codes(state):
             scales = existing[scale_name(slot)]
             size = block_size_of(state.numel(), scales.numel(), group.get("block_size") or BLOCK_SIZE)

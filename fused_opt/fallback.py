@@ -213,7 +213,7 @@ def _only(optimizer: FusedStep, groups: list[Group]) -> Iterator[None]:
 
 def _for_torch(group: Group) -> Group:
     """The group as torch is to see it, which does not know our options; itself if that is how it is."""
-    changes = {"weight_decay": 0} if shrinks(group) else {}
+    changes = {"weight_decay": 0.0} if shrinks(group) else {}
     if group.get("masked") and "alpha" in group:
         changes["eps"] = eps_of(group)
     return {**group, **changes} if changes else group

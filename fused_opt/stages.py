@@ -216,7 +216,9 @@ def _select(condition: bool, yes: float, no: float) -> float:
 
 def stage_scalars_of(group: Group, index: int, step: float, factor: float) -> tuple[float, ...]:
     """The scalars of a step of group number `index`. `factor`: the rule's of the gradient."""
-    scalars: tuple[float, ...] = stage_scalars(stage_constants(group, index), float(group["lr"]), step, factor, _select, math.floor)
+    scalars: tuple[float, ...] = stage_scalars(  # type: ignore[no-untyped-call]
+        stage_constants(group, index), float(group["lr"]), step, factor, _select, math.floor
+    )
     return scalars
 
 
@@ -257,6 +259,11 @@ def check_parameter(group: Group, index: int) -> None:
     if param.is_complex() and (group.get("max_grad_value") is not None or flags & (SUBGRADIENT | PROXIMAL)):
         names = "max_grad_value and l1"
         raise ValueError(f"parameter {index} of its group is {param.dtype}, for which {names} have no meaning; put it in a group without")
+    if param.is_complex() and flags & OF_WEIGHTS:
+        raise ValueError(
+            f"weights={group['weights']!r} cannot be had for parameter {index} of its group, which is {param.dtype}: it is for bfloat16 "
+            "and float16; put it in a group without"
+        )
     if flags & STOCHASTIC and param.dtype == torch.float16:
         raise ValueError(
             f"weights='stochastic' cannot be had for parameter {index} of its group, which is float16: it is for bfloat16; "

@@ -1,7 +1,8 @@
 """The step kernel: the one loop of all rules, dtypes, formats of states and stages. It knows no arithmetic.
 
 A launch serves any number of tensors. `tensors` has a row of addresses for each of them, and `chunks` a pair of numbers for
-each program: the row of its tensor and which chunk of it. `scalars` has rows of the step's scalars.
+each program: the row of its tensor and which chunk of it. `scalars` has rows of the step's scalars: `s` are the rule's, `t` those of
+stages, whose `operands` are mask, anchor, average and companion, and whose random numbers are made of `seed` and of the position `first`.
 """
 
 import triton

@@ -36,13 +36,14 @@ def averages_of(optimizer: Optimizer) -> list[torch.Tensor]:
     return [optimizer.state[param]["average"] for param in params_of(optimizer)]
 
 
+KINDS = [("ema", None), ("ema", 0.9), ("ema", 0.2), ("ema", 0.0), ("ema", 1.0), ("swa", None)]
 SCHEDULES = [(0, 1), (3, 1), (0, 3), (2, 4)]
+TABLE = [("SGD", *kind, *schedule) for kind in KINDS for schedule in SCHEDULES]
+TABLE += [(name, *kind, 2, 3) for name in CLASSES if name != "SGD" for kind in (KINDS[1], KINDS[5])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("start", "every"), SCHEDULES)
-@pytest.mark.parametrize(("kind", "decay"), [("ema", None), ("ema", 0.9), ("ema", 0.2), ("ema", 0.0), ("ema", 1.0), ("swa", None)])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("name", "kind", "decay", "start", "every"), TABLE)
 def test_averages_are_those_of_swa_utils(name: str, kind: str, decay: float | None, start: int, every: int, dtype: torch.dtype) -> None:
     """The bits of AveragedModel, updated after each `every`-th step after the first `start` ones. (float64: torch's 1 / n is float32's.)"""
     values, grads = make_problem(SHAPES, 11, dtype)
@@ -76,11 +77,11 @@ def test_equal_weights_are_the_mean() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("weights", [None, "master", "kahan"])
 def test_averages_of_16_bit_weights_are_float32(dtype: torch.dtype, weights: str | None) -> None:
-    """So that a thousandth of a change counts: an average in bfloat16 would stand still while weights go up by a hundredth, 500 times."""
+    """So that a thousandth of a change counts: an average in bfloat16 would stand still while weights go up by a hundredth, 150 times."""
     param = torch.nn.Parameter(torch.full((9,), 1.0, dtype=dtype))
     optimizer = fused_opt.SGD([param], lr=1.0, average="ema", weights=weights)
     expected = torch.ones(9)
-    for step in range(500):
+    for step in range(150):
         param.grad = torch.full((9,), -0.01, dtype=dtype)
         optimizer.step()
         exact = optimizer.state[param].get("master", param.detach().float())
@@ -95,7 +96,7 @@ def test_averages_of_16_bit_weights_are_float32(dtype: torch.dtype, weights: str
             expected.lerp_(exact, 1 - 0.999)
             assert_same_bits(averages_of(optimizer)[0], expected)
     assert averages_of(optimizer)[0].dtype == torch.float32
-    assert float(expected[0]) > 1.5
+    assert float(expected[0]) > 1.05
 
 
 # --- evaluating with them ---

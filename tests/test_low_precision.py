@@ -14,9 +14,8 @@ import torch
 import fused_opt
 from fused_opt.bench.cases import CASES, Case
 from fused_opt.bench.layouts import gaps, permuted
-from fused_opt.bench.plain_loop import stochastically_rounded
 from fused_opt.bench.stage_cases import RULES
-from helpers import CLASSES, SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, params_of, run_steps
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, needs_grad_dtype, params_of, run_steps
 from pairs import assert_native, nothing_changes, set_grads, step_with, through_file
 
 Optimizer = torch.optim.Optimizer
@@ -77,10 +76,12 @@ def test_split_weights_are_those_of_fp32_training(case: Case) -> None:
     beside_fp32(case, "split", torch.bfloat16, torch.Tensor.clone, state_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("place", [permuted, gaps])
-@pytest.mark.parametrize("state", FORMATS, ids=str)
+# Every state with every optimizer, and all strides with every state.
+TABLE = [(name, state, place) for name in CLASSES for state in FORMATS for place in (permuted, gaps) if place is gaps or name == "AdamW"]
+
+
+@pytest.mark.parametrize(("name", "state", "place"), TABLE, ids=str)
 @pytest.mark.parametrize(("dtype", "weights"), LOSSLESS, ids=str)
-@pytest.mark.parametrize("name", CLASSES)
 def test_all_states_and_strides(
     name: str, dtype: torch.dtype, weights: str, state: dict[str, Any], place: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
@@ -89,7 +90,7 @@ def test_all_states_and_strides(
 
 @pytest.mark.parametrize(("dtype", "weights"), LOSSLESS, ids=str)
 def test_training_for_long(dtype: torch.dtype, weights: str) -> None:
-    """300 steps of which most change no bit of the 16."""
+    """200 steps of which most change no bit of the 16."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(500, generator=generator).to(dtype)
     short, wide = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.float())
@@ -98,14 +99,14 @@ def test_training_for_long(dtype: torch.dtype, weights: str) -> None:
         fused_opt.AdamW([wide], lr=1e-4),
     ]
     still = 0
-    for _ in range(300):
+    for _ in range(200):
         before = short.detach().clone()
         grad = torch.randn(500, generator=generator).to(dtype)
         step_with(optimizers[0], [grad])
         step_with(optimizers[1], [grad.float()])
         still += int((short == before).sum())
     assert_same_bits(exact(optimizers[0], short), wide)
-    assert still > 300 * 500 * 0.8
+    assert still > 200 * 500 * 0.8
 
 
 @pytest.mark.parametrize(
@@ -144,22 +145,20 @@ def test_numbers_at_the_edges(value: float, weights: str) -> None:
             assert_same_bits(exact(optimizer, param), wide)
 
 
-def test_ties_are_split_without_loss() -> None:
-    """All 65,536 lower halves of a few upper ones."""
+@needs_grad_dtype
+def test_every_lower_half() -> None:
+    """All 65,536 of a few upper ones, reached by a step from zero."""
     lower = torch.arange(65536, dtype=torch.int32)
-    for upper in (0x3F80, 0x0000, 0x0080, 0x7F7F):
-        for sign in (0, 1):
-            wide = (lower + upper * 65536 - sign * 2**31).view(torch.float32)
-            param = torch.nn.Parameter(torch.zeros(65536, dtype=torch.bfloat16))
-            optimizer = fused_opt.SGD([param], lr=1.0, weights="split", max_grad_value=math.inf)
-            param.grad_dtype = torch.float32 if hasattr(param, "grad_dtype") else None  # type: ignore[attr-defined]
-            if param.grad_dtype is None:
-                pytest.skip("this torch has no gradients of another dtype")
-            param.grad = -wide
-            optimizer.step()
-            assert_same_bits(exact(optimizer, param) + 0.0, wide + 0.0)
-            nearest = wide.bfloat16()
-            assert bool(((param - nearest).float().abs() <= (wide - nearest.float()).abs() * 2).all() | nearest.isinf().any())
+    for upper, sign in itertools.product((0x3F80, 0x0000, 0x0080, 0x7F7F), (0, 1)):
+        wide = (lower + upper * 65536 - sign * 2**31).view(torch.float32)
+        param = torch.nn.Parameter(torch.zeros(65536, dtype=torch.bfloat16))
+        optimizer = fused_opt.SGD([param], lr=1.0, weights="split")
+        param.grad_dtype = torch.float32  # type: ignore[attr-defined]
+        param.grad = -wide
+        optimizer.step()
+        assert_same_bits(exact(optimizer, param) + 0.0, wide + 0.0)
+        halves = (param.detach().view(torch.int16).int() & 0x7FFF, wide.view(torch.int32) >> 16 & 0x7FFF)
+        assert set((halves[0] - halves[1]).tolist()) == {0, 1}  # the weight is the upper half, or the next one
 
 
 # --- weights that somebody changed ---
@@ -233,114 +232,12 @@ def test_kahan_is_a_plain_loop(dtype: torch.dtype) -> None:
         assert_same_bits(optimizer.state[param]["compensation"], compensation)
 
 
-# --- stochastic rounding ---
-
-# By chance a test fails with this probability, that of a normal deviate beyond `Z` on either side; seeds are fixed, so always or never.
-FALSE_ALARM = 1e-9
-Z = 6.11
-
-
-def rounded(values: torch.Tensor, steps: int = 1, **options: Any) -> list[torch.Tensor]:
-    """Weights after steps of SGD that lead from bfloat16 1 to the same float32 numbers, close to it, each time."""
-    param = torch.nn.Parameter(torch.ones(values.shape, dtype=torch.bfloat16))
-    optimizer = fused_opt.SGD([param], lr=1.0, weights="stochastic", **options)
-    results = []
-    for _ in range(steps):
-        with torch.no_grad():
-            param.fill_(1.0)
-        step_with(optimizer, [(1 - values).bfloat16()])
-        results.append(param.detach().clone())
-    return results
-
-
-UNIT = 2.0**-7  # between bfloat16 numbers from 1 to 2
-
-
-@pytest.mark.parametrize("fraction", [2**-7, 0.25, 0.5, 1 - 2**-7])
-def test_stochastic_rounding_is_unbiased(fraction: float) -> None:
-    """It goes up as often as the number's distance from the one below says: a z-test of independent draws, those of blocks of 256."""
-    up = torch.stack([(result > 1).double() for result in rounded(torch.full((256 * 400,), 1 + fraction * UNIT), steps=30)])
-    assert set(up.unique().tolist()) == {0.0, 1.0}
-    draws = up.view(30, 400, 256)
-    one_each = torch.stack([draws[:, block, (37 * block) % 256] for block in range(400)])  # another place in each block
-    deviation = math.sqrt(fraction * (1 - fraction) / one_each.numel())
-    assert abs(float(one_each.mean()) - fraction) < Z * deviation
-    # All elements: those of a block are drawn together, so the deviation is that of the blocks' means.
-    means = draws.mean(-1).flatten()
-    assert abs(float(means.mean()) - fraction) < Z * float(means.std()) / math.sqrt(means.numel())
-
-
-def test_draws_are_independent() -> None:
-    """Of the steps, of blocks, of parameters, groups and seeds: pairs of draws agree as often as not."""
-
-    def assert_uncorrelated(a: torch.Tensor, b: torch.Tensor) -> None:
-        one_each = [(2.0 * (x.view(-1, 256)[:, 100] > 1) - 1).double() for x in (a, b)]
-        product = one_each[0] * one_each[1]
-        assert abs(float(product.mean())) < Z / math.sqrt(product.numel())
-
-    halfway = torch.full((256 * 4000,), 1 + 0.5 * UNIT)
-    first, second, third = rounded(halfway, steps=3)
-    (seeded,) = rounded(halfway, rounding_seed=1)
-    assert_uncorrelated(first, second)
-    assert_uncorrelated(second, third)
-    assert_uncorrelated(first, third)
-    assert_uncorrelated(first, seeded)
-    assert_uncorrelated(first[: 256 * 2000], first[256 * 2000 :])
-    assert_uncorrelated(first[:-256], first[256:])
-    params = [torch.nn.Parameter(torch.ones(256 * 4000, dtype=torch.bfloat16)) for _ in range(3)]
-    optimizer = fused_opt.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=1.0, weights="stochastic")
-    step_with(optimizer, [(1 - halfway).bfloat16()] * 3)
-    assert_same_bits(params[0], first)
-    for a, b in itertools.combinations(params, 2):
-        assert_uncorrelated(a.detach(), b.detach())
-
-
-def test_small_steps_count_on_average() -> None:
-    """1000 of a hundredth of the distance between two weights, of which the nearest would never leave one, are 10 of them. The deviation of
-    a weight is sqrt(1000 * 0.01 * 0.99) = 3.1; of the mean of 128 blocks, each drawn together, it is 0.28 at the most."""
-    param = torch.nn.Parameter(torch.ones(128 * 256, dtype=torch.bfloat16))
-    optimizer = fused_opt.SGD([param], lr=1.0, weights="stochastic")
-    grad = torch.full(param.shape, -0.01 * UNIT).bfloat16()
-    step_size = -float(grad[0]) / UNIT
-    for _ in range(1000):
-        param.grad = grad
-        optimizer.step()
-    moved = (param.detach().double() - 1) / UNIT
-    deviation = math.sqrt(1000 * step_size * (1 - step_size) / 128)
-    assert abs(float(moved.mean()) - 1000 * step_size) < Z * deviation
-    assert float(moved.std()) > 1
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_what_is_drawn_depends_on_seed_step_parameter_and_place_only(name: str, use_isa, threads) -> None:
-    """Not on threads, instruction sets or the tensors beside it. The draws themselves: see the next test."""
-    values, grads = make_problem(((70_001,), (300, 101), (5,)), 3, torch.bfloat16)
-    values = [permuted(value) for value in values]
-    optimizers = []
-    for isa, count in itertools.product(SUPPORTED_ISAS, (1, 2, 3)):
-        use_isa(isa)
-        threads(count)
-        params = [torch.nn.Parameter(value.clone()) for value in values]
-        optimizers.append(getattr(fused_opt, name)(params, **RULES[name], weights="stochastic", rounding_seed=5))
-        run_steps(optimizers[-1], grads)
-        assert optimizers[-1]._last_ran == (isa, count)
-    for other in optimizers[1:]:
-        assert_same_state(other, optimizers[0])
-    fewer = getattr(fused_opt, name)([torch.nn.Parameter(values[0].clone())], **RULES[name], weights="stochastic", rounding_seed=5)
-    run_steps(fewer, [step_grads[:1] for step_grads in grads])
-    assert_same_bits(params_of(fewer)[0], params_of(optimizers[0])[0])
-
-
-def test_the_draws_are_those_that_are_documented() -> None:
-    numbers = 1 + torch.rand(5000, generator=torch.Generator().manual_seed(0)) * 0.9
-    (found,) = rounded(numbers, rounding_seed=77)
-    gradients = (1 - numbers).bfloat16().float()
-    assert_same_bits(found.float(), stochastically_rounded(1 - gradients, 77, 1, 0))
+# --- all of them ---
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, through_file], ids=["in memory", "through a file"])
 @pytest.mark.parametrize("weights", ["stochastic", "split", "kahan", "master"])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_resumed_training_goes_on_as_if_it_had_not_been_interrupted(
     name: str, weights: str, how: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
@@ -360,15 +257,6 @@ def test_resumed_training_goes_on_as_if_it_had_not_been_interrupted(
     assert_same_state(resumed, first)
     run_steps(resumed, grads[3:])
     assert_same_state(resumed, whole)
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 0.0, -0.0])
-def test_numbers_that_bfloat16_has_stay(value: float) -> None:
-    param = torch.nn.Parameter(torch.full((600,), value, dtype=torch.bfloat16))
-    optimizer = fused_opt.SGD([param], lr=1.0, weights="stochastic")
-    for _ in range(5):
-        step_with(optimizer, [torch.zeros(600, dtype=torch.bfloat16)])
-        assert_same_bits(param + 0.0, torch.full((600,), value, dtype=torch.bfloat16) + 0.0)
 
 
 def test_wide_weights_are_as_without() -> None:
@@ -391,8 +279,8 @@ def regression(dtype: torch.dtype, weights: str | None) -> float:
     generator = torch.Generator().manual_seed(0)
     x, solution = torch.randn(128, 32, generator=generator), torch.randn(32, generator=generator)
     param = torch.nn.Parameter((solution + 0.1 * torch.randn(32, generator=generator)).to(dtype))
-    optimizer = fused_opt.SGD([param], lr=5e-3, weights=weights, average="ema", average_decay=0.98)
-    for _ in range(800):
+    optimizer = fused_opt.SGD([param], lr=8e-3, weights=weights, average="ema", average_decay=0.98)
+    for _ in range(500):
         param.grad = (x.T @ (x @ (param.detach().float() - solution)) / 128).to(dtype)
         optimizer.step()
     return float((x @ (optimizer.state[param]["average"] - solution)).square().mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -113,6 +114,21 @@ def test_the_runs_have_every_pass() -> None:
     assert set(QUICK_JOBS) <= set(full)
 
 
+def test_a_few_are_in_the_quick_run_and_all_in_a_full_one() -> None:
+    def names(*arguments: str) -> list[str]:
+        parser = argparse.ArgumentParser()
+        benchmark.add_arguments(parser)
+        return [unit.name for unit in benchmark._units(parser.parse_args(arguments)) if unit.part == passes.PART]
+
+    assert names() == list(map(str, QUICK_JOBS))
+    assert names("mlp") == names("--optimizer", "adamw") == []
+    with_peers = f"{memory_table.UNIT} with other packages"
+    assert names("--full") == names("--full", "--part", "passes") == [*map(str, every_job(FULL_WORKLOADS)), with_peers]
+    selected = names("rl", "--part", "passes", "--dtype", "bfloat16", "--state", "int8", "--threads", "1,2")
+    assert selected[:2] == ["rl adamw stochastic int8 states 1 thread", "rl adamw stochastic int8 states 2 threads"]
+    assert len(selected) == 2 * 4 + 1
+
+
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ours", "others"):
         monkeypatch.setattr(memory_table, name, functools.partial(getattr(memory_table, name), elements=FEW))
@@ -156,18 +172,23 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert all(each.keeps_float32 == (each.weights in keep) for each in found.values())
 
 
-def test_bytes_of_others_are_measured_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_of_others_or_why_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(implementations(), "none", Implementation("none", "no_such_package", {}))
+    torchs, none = memory_table.others([Peer("fused", "bfloat16", "bfloat16"), Peer("none", "float32", "float32")], FEW)
+    assert (torchs.total, torchs.keeps_float32, torchs.released_total) == (8, False, None)
+    assert "not installed" in none.failure
+    (sheet,) = memory_table.sheets([torchs, none])
+    assert [row[-1].text for row in sheet.rows] == ["no", "not measured"]
+    assert any("not installed" in note for note in sheet.notes)
+
+
+@pytest.mark.slow
+def test_bytes_of_other_packages_are_measured_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Working", "Failing"):
         monkeypatch.setitem(implementations(), name, Implementation(name, "pytest", {"AdamW": f"planted_peers:{name}"}))
-    monkeypatch.setitem(implementations(), "none", Implementation("none", "no_such_package", {}))
-    peers = [Peer("fused", "bfloat16", "bfloat16"), Peer("Working", "float32", "float32"), Peer("Failing", "float32", "float32")]
-    torchs, same, fails, none = memory_table.others([*peers, Peer("none", "float32", "float32")], FEW)
-    assert (torchs.total, torchs.keeps_float32, torchs.released_total) == (8, False, None)
-    assert (same.total, same.keeps_float32, same.failure) == (16, True, "")
-    assert "no compiler found" in fails.failure
-    assert "not installed" in none.failure
-    (sheet,) = memory_table.sheets([torchs, same, fails, none])
-    assert [row[-1].text for row in sheet.rows] == ["no", "yes", "not measured", "not measured"]
+    right, wrong = memory_table.others([Peer("Working", "float32", "float32"), Peer("Failing", "float32", "float32")], FEW)
+    assert (right.total, right.keeps_float32, right.failure) == (16, True, "")
+    assert "no compiler found" in wrong.failure
 
 
 @pytest.mark.peers

@@ -87,6 +87,15 @@ def test_capturable_uploads_nothing(driver: StandInDriver) -> None:
     assert optimizer._last_launched == (1, 1, 0)
 
 
+def test_a_norm_is_two_launches(driver: StandInDriver) -> None:
+    optimizer = make("AdamW", [300, 8193], capturable=True, max_grad_norm=1.0, average="ema", weights="kahan", dtype=torch.bfloat16)
+    for _ in range(3):
+        driver.launches.clear()
+        optimizer.step()
+    assert driver.launches == [3, 1, 2, 3], "norms of chunks, of all; scalars of tensors, step of chunks"
+    assert optimizer._last_launched.uploads == 0
+
+
 def test_parameters_that_share_memory_go_one_after_the_other(driver: StandInDriver) -> None:
     optimizer = make("SGD", [300, 40])
     shared = torch.nn.Parameter(params_of(optimizer)[0].detach()[100:])

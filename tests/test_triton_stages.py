@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 
 import fused_opt
-from fused_opt import plan
+from fused_opt import plan, stages
+from fused_opt.bench import kernel_costs
 from fused_opt.bench.cases import Case
+from fused_opt.bench.kernel_arithmetic import Operations
 from fused_opt.device_norm import DeviceNorm
-from helpers import assert_same_bits, assert_same_state, params_of
+from helpers import assert_same_bits, assert_same_state, make_problem, params_of
 from ptx.stepping import OnGpu, StepLauncher, gpu
 from triton_steps import BF16_INT8, LARGE, MEDIUM, STAGES_TOGETHER, Format, Placed, UseBackend, compare, stages_of_all_rules, step_by
 
@@ -66,6 +70,28 @@ def test_scalars_computed_on_the_device(format_: Format, case: Case, use_backend
     optimizer = step_by("triton", use_backend, case, format_, MEDIUM, 2, capturable=True)
     assert optimizer._last_launched.scalar_launches == 1
     assert_same_state(optimizer, step_by("cpu", use_backend, case, format_, MEDIUM, 2))
+
+
+def test_parameters_with_and_without_masks(use_backend: UseBackend, on_gpu: OnGpu) -> None:
+    """Two launches; of masks and averages, too, addresses count: one of each begins where no wide access can."""
+    launcher = on_gpu(90)
+    results = []
+    for backend in ("triton", "cpu"):
+        use_backend(backend)
+        values, (grads,) = make_problem([(1100,), (1100,), (70,)], 1, torch.float32)
+        params = [torch.nn.Parameter(value) for value in values]
+        optimizer: Any = fused_opt.SGD(params, lr=0.1, maximize=True, average="ema", average_decay=0.5)
+        optimizer.set_masks({param: param > 0 for param in params[:2]})
+        for _ in range(2):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            optimizer.step()
+            odd = Placed(1100, offset=3)
+            optimizer.state[params[0]]["mask"] = odd.place(optimizer.state[params[0]]["mask"])
+            optimizer.state[params[1]]["average"] = odd.place(optimizer.state[params[1]]["average"])
+        results.append(optimizer)
+    assert_same_state(*results)
+    assert launcher.launched == 2 * 2
 
 
 def gradients(dtype: torch.dtype, layout: Sequence[Placed]) -> torch.optim.Optimizer:
@@ -158,3 +184,25 @@ def test_clipping_by_a_norm_on_the_device(
         assert_same_bits(actual, expected)
     assert int(optimizer.state[params[0]]["step"]) == (3 if nonfinite == "skip" else 4)
     assert launcher.launched == 4 * 4, "norms of chunks, of all; scalars, step"
+
+
+# Of the rules of typical variants with stages: fused multiply-adds, divisions, roots; and their states.
+WRITTEN = {"adam": (2, 2, 1, 2), "rmsprop": (2, 1, 1, 2), "sgd": (2, 0, 0, 1)}
+STAGED = {name: variant for name, variant in kernel_costs.typical_variants().items() if variant.constants.get("STAGES")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGED)
+def test_operations_of_stages(name: str) -> None:
+    """The pull to the anchor and the average are a fused multiply-add each; those of codes: see tests/test_kernel_costs.py."""
+    constants = STAGED[name].constants
+    fma, div, sqrt, states = next(written for rule, written in WRITTEN.items() if f"around {rule}," in name)
+    coded = states * constants["CODED"]
+    of_stages = sum(bool(constants["STAGES"] & stage) for stage in (stages.ANCHOR, stages.AVERAGE))
+    finding = kernel_costs.measure((name, "sm_90"))
+    assert finding.written == Operations(2 * (fma + 5 * coded + of_stages), 2 * (div + coded), 2 * sqrt)
+    assert finding.broken == []
+
+
+def test_typical_stages_are_all_stages() -> None:
+    assert functools.reduce(operator.or_, (variant.constants["STAGES"] for variant in STAGED.values())) == 2 * stages.MASTER - 1

@@ -1,0 +1,104 @@
+"""Options of what a step does beside its rule: which values, which of them together, and for which parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fused_opt
+from helpers import CLASSES, run_steps
+from pairs import nothing_changes
+
+BAD: tuple[dict[str, Any], ...] = (
+    *({"max_grad_norm": value} for value in (-1.0, math.nan, "1", True, torch.tensor(1.0))),
+    *({"max_grad_norm": 1.0, "grad_norm_type": value} for value in (1, 0, -math.inf, math.nan, "inf")),
+    *({"max_grad_norm": 1.0, "nonfinite_grad_norm": value} for value in ("ignore", True, 1)),
+    *({"max_grad_value": value} for value in (-1e-9, math.nan, "1", False)),
+    *({"l1": value} for value in (-0.1, math.inf, math.nan, "1", True)),
+    *({"l1": 0.1, "l1_method": value} for value in ("prox", True, 1)),
+    *({"anchor_decay": value} for value in (-0.1, math.inf, math.nan, "1", True)),
+    *({"average": value} for value in ("mean", True, 0.9)),
+    *({"average": "ema", "average_decay": value} for value in (-0.1, 1.1, math.nan, "0.9", True)),
+    *({"average": "ema", "average_start": value} for value in (-1, 1.5, "1", True)),
+    *({"average": "swa", "average_every": value} for value in (0, -1, 1.5, "1", True)),
+    {"average": "swa", "average_decay": 0.9},
+    *({"weights": value} for value in ("bf16", True, 1)),
+    *({"weights": "stochastic", "rounding_seed": value} for value in (-1, 1 << 24, 0.5, "1", True)),
+    {"weights": "kahan", "rounding_seed": 1},
+    # without the option that they need
+    {"grad_norm_type": 2},
+    {"nonfinite_grad_norm": "skip"},
+    {"l1_method": "proximal"},
+    {"average_decay": 0.9},
+    {"average_start": 1},
+    {"average_every": 2},
+    {"rounding_seed": 1},
+)
+
+
+def culprits(options: dict[str, Any]) -> str:
+    """A pattern: an error names the option."""
+    return list(options)[-1]
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_values_that_options_cannot_have(options: dict[str, Any]) -> None:
+    """In the constructor, in a group, in a group that is added, and in a group that somebody changed, where the step changes nothing."""
+    param = torch.nn.Parameter(torch.ones(3))
+    for name in CLASSES:
+        with pytest.raises(ValueError, match=culprits(options)):
+            getattr(fused_opt, name)([param], **options)
+    with pytest.raises(ValueError, match=culprits(options)):
+        fused_opt.SGD([{"params": [param], **options}])
+    optimizer = fused_opt.AdamW([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=culprits(options)):
+        optimizer.add_param_group({"params": [param], **options})
+    assert len(optimizer.param_groups) == 1
+    run_steps(optimizer, [[torch.ones(2)]])
+    optimizer.param_groups[0].update(options)
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=culprits(options)):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name in ("RMSprop", "SGD")])
+def test_no_option_is_in_a_group_that_was_not_given_it(name: str) -> None:
+    """So that checkpoints of those who do without are as they were; torch's own options are all there."""
+    optimizer = getattr(fused_opt, name)([torch.nn.Parameter(torch.ones(2))], l1=0.1, average=None)
+    plain = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(2))])
+    assert set(optimizer.param_groups[0]) - set(plain.param_groups[0]) == {"l1"}
+
+
+NOT_COMPLEX: tuple[dict[str, Any], ...] = (
+    {"max_grad_value": 1.0},
+    {"l1": 0.1},
+    {"l1": 0.1, "l1_method": "subgradient"},
+    *({"weights": weights} for weights in ("stochastic", "kahan", "split", "master")),
+)
+
+
+@pytest.mark.parametrize("options", NOT_COMPLEX, ids=str)
+def test_complex_parameters_are_refused(options: dict[str, Any]) -> None:
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    param.grad = torch.ones_like(param)
+    optimizer = fused_opt.Adam([param], **options)
+    with nothing_changes(optimizer), pytest.raises(ValueError, match="complex64"):
+        optimizer.step()
+
+
+def test_complex_parameters_have_no_masks() -> None:
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = fused_opt.Adam([param])
+    with nothing_changes(optimizer), pytest.raises(TypeError, match="complex64"):
+        optimizer.set_masks({param: torch.ones(3, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize("weights", ["stochastic", "split"])
+def test_float16_is_refused(weights: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    param.grad = torch.ones_like(param)
+    optimizer = fused_opt.Adam([param], weights=weights)
+    with nothing_changes(optimizer), pytest.raises(ValueError, match="float16"):
+        optimizer.step()
