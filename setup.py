@@ -55,10 +55,8 @@ def write_ninja(build_dir: Path) -> None:
         ninja_file.rule("link", command=f"$cxx {' '.join(LINK_FLAGS)} $in -o $out", description="link $out")
         objects = []
         for source in sorted([*CSRC.glob("*.cpp"), *([ROOT / "tests" / "sanitized" / "fault.cpp"] if SANITIZE else [])]):
-            target, flags = f"{source.stem}.o", [*COMMON_FLAGS, *includes]
-            if source.stem.endswith("_bindings") and not SANITIZE:
-                flags.append("-Os")  # they convert, and have no loops: 0.05 MB of the wheel
-            objects += ninja_file.build(target, "compile", str(source), variables={"flags": flags})
+            target = f"{source.stem}.o"
+            objects += ninja_file.build(target, "compile", str(source), variables={"flags": [*COMMON_FLAGS, *includes]})
         for isa in ISAS:
             flags = [*COMMON_FLAGS, *KERNEL_FLAGS["all"], *KERNEL_FLAGS[isa], f"-DFUSED_OPT_ISA={isa}"]
             if isa == "scalar" and len(ISAS) > 1 and not SANITIZE:

@@ -115,7 +115,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
                 reason=reason,
                 dtype=dtype,
                 states=states,
-                stages=stages_in_words(optimizer.param_groups[number]),
+                stages=stages_in_words(optimizer.param_groups[number], params[indices[0]].dtype),
                 state_bytes=sum(state_bytes[number, index] for index in indices),
                 elements=elements,
             )

@@ -276,8 +276,8 @@ def check_parameter(group: Group, index: int) -> None:
         )
 
 
-def stages_in_words(group: Group) -> tuple[str, ...]:
-    """What a group asks for, for people."""
+def stages_in_words(group: Group, dtype: torch.dtype) -> tuple[str, ...]:
+    """What a group asks for of parameters of a dtype, for people."""
     weights, average = group.get("weights"), group.get("average")
     l1 = group.get("l1")
     asked = (
@@ -288,6 +288,6 @@ def stages_in_words(group: Group) -> tuple[str, ...]:
         (bool(group.get("masked")), "masks"),
         (shrinks(group), f"decoupled weight decay {group.get('weight_decay')}"),
         (average is not None, f"average ({average})"),
-        (weights is not None, f"weights {weights}"),
+        (weights is not None and dtype in LOW_PRECISION, f"weights {weights}"),
     )
     return tuple(words for asks, words in asked if asks)

@@ -41,6 +41,7 @@ def update_tile(
 ):  # fmt: skip
     """ROWS x SIZE elements from the addresses on, of which the first is number `first` and `count` exist; with codes a row is a block."""
     STATES: tl.constexpr = len(states)
+    block = first // SIZE  # number of the first row, with codes
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, SIZE)[None, :]
     at = rows * SIZE + columns
@@ -96,7 +97,7 @@ def update_tile(
                 scale_sum += codecs.bits_of(scale)
         param_sum = tl.sum(tl.minimum(codecs.bits_of(p) & 0x7FFFFFFF, codecs.INFINITY), 1, keep_dims=True)
         seed_of_codes = (scale_sum.to(tl.uint64) << 32) | param_sum.to(tl.uint64)
-        random = codecs.stochastic_offsets(seed_of_codes, first // SIZE + rows, columns.to(tl.uint32))
+        random = codecs.stochastic_offsets(seed_of_codes, block + rows, columns.to(tl.uint32))
         for k in tl.static_range(STATES):
             offsets = random if KINDS[k][1] else codecs.NEAREST
             inverse = codecs.mulaw_inverse(new_scales[k], KINDS[k][0])

@@ -50,7 +50,7 @@ def run_code(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_readme_example_runs_and_explains_itself() -> None:
     examples = re.findall(r"<!-- test -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 7
     code = "\n".join(examples)
     result = run_code(code, "-W", "error")
     assert result.returncode == 0, result.stderr

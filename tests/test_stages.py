@@ -304,6 +304,21 @@ def test_parameters_that_share_memory_are_stepped_one_after_the_other(name: str)
             assert_same_bits(optimizer.state[param][key], value, key)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_is_written_under_a_mask_is_gone_after_the_next_step(name: str) -> None:
+    """And what is not under it is stepped as if there were no mask."""
+    mask = torch.arange(40) % 3 > 0
+    params = [torch.nn.Parameter(torch.ones(40)) for _ in range(2)]
+    optimizers = [getattr(fused_opt, name)([param], **RULES[name]) for param in params]
+    optimizers[0].set_masks({params[0]: mask})
+    for _ in range(3):
+        with torch.no_grad():
+            params[0][~mask] = 5.0
+        for optimizer in optimizers:
+            run_steps(optimizer, [[torch.full((40,), 0.5)]])
+        assert_same_bits(params[0], torch.where(mask, params[1].detach(), torch.zeros(())))
+
+
 # --- parameters that torch steps ---
 
 BY_TORCH = [
