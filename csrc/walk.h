@@ -30,7 +30,7 @@ class Walk {
  private:
   int ndim_ = 0;
   std::vector<int64_t> sizes_, strides_;  // outermost first; strides in elements, `ndim_` for each operand
-  bool dense_[kMaxOperands] = {};
+  bool dense_[kAllOperands] = {};
 };
 
 template <class F>

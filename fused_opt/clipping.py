@@ -131,6 +131,8 @@ def _norm_by_torch(grad: Any, largest: bool) -> float:
     if grad is None:
         return 0.0
     values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+    if values.numel() == 0:  # of which torch knows no largest one
+        return 0.0
     magnitudes = values.abs() if values.is_complex() else values
     norm = float(torch.linalg.vector_norm(magnitudes, math.inf if largest else 2, dtype=torch.float64))
     return norm if largest else norm * norm

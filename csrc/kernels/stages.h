@@ -62,9 +62,9 @@ struct Kahan {
 struct Split {
   // Below zero and above infinity are the bits of NaN: from there a lower half is that of a weight that has been changed since.
   static float join(float weight, float companion) {
-    const uint32_t bits = bits_of(weight), magnitude = bits & 0x7fffffff;
-    const bool fits = companion < 0 ? magnitude != 0 : magnitude != kInfinity;
-    return fits ? float_of(bits + static_cast<uint32_t>(static_cast<int32_t>(companion))) : weight;
+    const int32_t lower = static_cast<int32_t>(companion);
+    const uint32_t bits = bits_of(weight), limit = lower < 0 ? 0 : kInfinity;
+    return float_of(bits + ((bits & 0x7fffffff) == limit ? 0 : static_cast<uint32_t>(lower)));
   }
   static float part(float p, float& companion) {
     const uint32_t bits = bits_of(p), upper = p == p ? (bits + 0x8000) & 0xffff0000 : 0x7fc00000;

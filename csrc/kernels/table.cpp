@@ -42,9 +42,8 @@ constexpr const KernelsByFormat* kernels = Kernels<Rule, std::make_integer_seque
 
 // In the order of Format.
 template <class Real>
-constexpr CodecsByFormat codecs = {
-    {kCodec<Real, Plain<float>>, kCodec<Real, Plain<double>>, kCodec<Real, BFloat16>, kCodec<Real, Float16>, kCodec<Real, Truth>,
-     kCodec<Real, Plain<int16_t>>}};
+constexpr CodecsByFormat codecs = {{kCodec<Real, Plain<float>>, kCodec<Real, Plain<double>>, kCodec<Real, BFloat16>, kCodec<Real, Float16>,
+                                    kCodec<Real, Truth>, kCodec<Real, Short>}};
 
 constexpr CodecsByFormat codecs_by_precision[] = {codecs<float>, codecs<double>};
 constexpr StagesByPrecision stages_by_precision[] = {kStages<float>, kStages<double>};
