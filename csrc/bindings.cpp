@@ -123,10 +123,6 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
   const Isa& isa = find_isa(isa_name);
   if (programs.size() != batch.cohorts.size() || (!stages.empty() && stages.size() != programs.size()))
     throw py::value_error("one program per cohort is needed");
-  for (const auto& [flags, scalars] : stages)
-    if (flags >= stage::kFlagCombinations || (flags != 0 && scalars.size() != stage::kScalars))
-      throw py::value_error("stages take " + std::to_string(stage::kScalars) + " scalars and flags below " +
-                            std::to_string(stage::kFlagCombinations));
   std::vector<Task> tasks;
   tasks.reserve(batch.entries.size());
   for (const Entry& entry : batch.entries) {
@@ -136,6 +132,9 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
       throw py::value_error("rule " + rule_name + " takes " + std::to_string(rule.scalars) + " scalars and flags below " +
                             std::to_string(rule.flag_combinations));
     const auto* const staged = stages.empty() ? nullptr : &stages[static_cast<size_t>(entry.cohort)];
+    if (staged && (staged->first >= stage::kFlagCombinations || (staged->first != 0 && staged->second.size() != stage::kScalars)))
+      throw py::value_error("stages take " + std::to_string(stage::kScalars) + " scalars and flags below " +
+                            std::to_string(stage::kFlagCombinations));
     const unsigned stage_flags = staged ? staged->first & entry.stages : 0;
     const Format format = batch.kernel_format(entry, stage_flags);
     const KernelsByFormat& kernels = (isa.kernels->*rule.kernels)[flags];

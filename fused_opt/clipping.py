@@ -89,7 +89,11 @@ def measure(plan: Plan, scaler: Scaler | None) -> Clip:
     wide = bool(dtypes) and dtypes <= {torch.float64, torch.complex128}
     rounded: Callable[[float], float] = float if wide else _to_float32
     optimizer._last_grad_norm = rounded(number), torch.float64 if wide else torch.float32
-    return _clip(rounded(number), rounded, limit, asked)
+    clip = _clip(rounded(number), rounded, limit, asked)
+    if any(group.in_tables for group in plan.groups):
+        norm = torch.tensor(rounded(number), dtype=torch.float32, device="cpu")
+        clip = clip._replace(on_device=GradNorm(norm, float(limit), asked == "skip"))
+    return clip
 
 
 def _clip(norm: float, rounded: Callable[[float], float], limit: float, asked: str | None) -> Clip:
@@ -115,15 +119,19 @@ def _total(groups: Sequence[GroupPlan], backend: Native, largest: bool) -> float
     norms: list[float] = []
     for group in groups:
         by_torch = [index for index, _ in group.declined]
-        if group.batch is not None and group.batch.in_kernels:
-            if largest and group.batch.complex:  # to the kernels they are pairs of numbers
-                by_torch += group.batch.indices
-            else:
-                norms.append(group.batch.gradient_norm(backend.isa, largest, torch.get_num_threads()))
+        if _has_pairs(group, largest):
+            by_torch += group.batch.indices if group.batch is not None else []
+        elif group.batch is not None and group.batch.in_kernels:
+            norms.append(group.batch.gradient_norm(backend.isa, largest, torch.get_num_threads()))
         norms += [_norm_by_torch(group.group["params"][index].grad, largest) for index in by_torch]
     if largest:
         return math.nan if any(map(math.isnan, norms)) else max(norms, default=0.0)
     return sum(norms)
+
+
+def _has_pairs(group: GroupPlan, largest: bool) -> bool:
+    """Whether complex numbers, which to kernels are pairs of numbers, have another norm than those."""
+    return largest and group.batch is not None and bool(group.batch.complex)
 
 
 @torch.no_grad()
@@ -140,7 +148,7 @@ def _norm_by_torch(grad: Any, largest: bool) -> float:
 
 def _totals_on_devices(plan: Plan, largest: bool) -> list[torch.Tensor]:
     """The same of gradients that kernels on devices take: a tensor on each of them."""
-    batches = [group.batch for group in plan.groups if group.batch is not None and group.in_tables]
+    batches = [group.batch for group in plan.groups if group.batch is not None and group.in_tables and not _has_pairs(group, largest)]
     if not batches:
         return []
     if plan.kept.norm is None:

@@ -80,7 +80,7 @@ def test_split_weights_are_those_of_fp32_training(case: Case) -> None:
 TABLE = [(name, state, place) for name in CLASSES for state in FORMATS for place in (permuted, gaps) if place is gaps or name == "AdamW"]
 
 
-@pytest.mark.parametrize(("name", "state", "place"), TABLE, ids=str)
+@pytest.mark.parametrize(("name", "state", "place"), TABLE, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize(("dtype", "weights"), LOSSLESS, ids=str)
 def test_all_states_and_strides(
     name: str, dtype: torch.dtype, weights: str, state: dict[str, Any], place: Callable[[torch.Tensor], torch.Tensor]

@@ -34,6 +34,8 @@ SLOWER = {
     "adam amsgrad l2, bf16, int8 states": 1.11,
     "rmsprop, bf16, int8 states": 0.86,
     "rmsprop momentum, bf16, int8 states": 0.94,
+    "stochastic around adam, bfloat16, int8 states": 1.2,
+    "split around adam, bfloat16, int8 states": 0.91,
 }
 
 

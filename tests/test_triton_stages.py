@@ -41,9 +41,13 @@ def test_together(format_: Format, case: Case, use_backend: UseBackend, on_gpu: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 100])
-@pytest.mark.parametrize(("format_", "case"), STAGES_TOGETHER, ids=str)
-def test_together_elsewhere(format_: Format, case: Case, architecture: int, use_backend: UseBackend, on_gpu: OnGpu) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "format_", "case"),
+    [(architecture, *each) for architecture in (80, 100) for each in STAGES_TOGETHER if architecture == 80 or each[0].states != "int8"],
+    ids=str,
+)
+def test_together_elsewhere(architecture: int, format_: Format, case: Case, use_backend: UseBackend, on_gpu: OnGpu) -> None:
+    """For sm_100, with codes, LLVM reads registers that it never writes, and drops what it read: the machine refuses that."""
     on_gpu(architecture)
     compare(use_backend, case, format_, LARGE, steps=3)
 

@@ -248,6 +248,13 @@ FLOATS: list[Case] = [
     ("cvt.rn.f32.f64 %r0, %d1", [DOUBLES], lambda x: word_of(Fraction(d(x)) if math.isfinite(d(x)) else d(x), zero=d(x))),
     ("cvt.f32.bf16 %r0, %h1", [edges(16)], lambda x: x << 16),
     ("cvt.f32.f16 %r0, %h1", [range(0, 65536, 7)], lambda x: word_of(float(np.uint16(x).view(np.float16)))),
+    ("add.rn.f32.bf16 %r0, %h1, %r2", [HALVES, SINGLES], lambda x, y: exactly(operator.add, x << 16, y)),
+    ("sub.rn.f32.bf16 %r0, %h1, %r2", [HALVES, SINGLES], lambda x, y: exactly(operator.sub, x << 16, y)),
+    (
+        "sub.rn.f32.f16 %r0, %h1, %r2",
+        [range(0, 31744, 99), SINGLES],
+        lambda x, y: exactly(operator.sub, word_of(float(np.uint16(x).view(np.float16))), y),
+    ),
     ("cvt.f64.bf16 %d0, %h1", [[half for half in HALVES if f(half << 16) == f(half << 16)]], lambda x: double_of(f(x << 16))),
     ("cvt.f64.f16 %d0, %h1", [range(0, 31744, 7)], lambda x: double_of(Fraction(float(np.uint16(x).view(np.float16))))),
     ("cvt.rn.bf16.f32 %h0, %r1", [[*SINGLES, 0x3F808000, 0x3F818000, 0x7F7F8000]], lambda x: half_of(x, torch.bfloat16)),

@@ -202,6 +202,8 @@ def _conversions() -> None:
     _add("cvt.f64.f32", _cast("f64"), "f64", "f32")
     _add("cvt.rn.f32.f64", _gpu_nan(_cast("f32")), "f32", "f64")
     for t, narrow in _NARROW.items():
+        for name, compute in {"add": operator.add, "sub": operator.sub}.items():  # of sm_100: the first operand is widened
+            _add(f"{name}.rn.f32.{t}", _gpu_nan(_first_widened(compute, _WIDEN[t])), "f32", t, "f32")
         _add(f"cvt.f32.{t}", _WIDEN[t], "f32", t)
         _add(f"cvt.f64.{t}", _then(_WIDEN[t], _cast("f64")), "f64", t)
         _add(f"cvt.rn.{t}.f32", narrow, t, "f32")
@@ -210,6 +212,10 @@ def _conversions() -> None:
 
 def _cast(result: str) -> Function:
     return lambda a: a.astype(TYPES[result].dtype)
+
+
+def _first_widened(compute: Function, widen: Function) -> Function:
+    return lambda a, b: compute(widen(a), b)
 
 
 def _then(first: Function, second: Function) -> Function:
