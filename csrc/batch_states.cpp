@@ -124,7 +124,6 @@ bool Batch::lacks_stages(PyObject* param_state, const TensorInfo& param) const {
 
 // Null, or why this code does not serve what stages use of a parameter. `tensors` has places for them as Walk takes them.
 const char* Batch::attach_stages(PyObject* param_state, Candidate& candidate, TensorInfo* tensors, bool& dense) {
-  constexpr unsigned kFlags[kStageOperands] = {stage::kMasked, stage::kPull, stage::kAveraged, stage::kWithCompanion};
   const TensorInfo& p = candidate.param;
   Entry& entry = candidate.entry;
   entry.stages = stage::kClamp | stage::kSubgradient | stage::kShrink | stage::kProximal;
@@ -156,7 +155,7 @@ const char* Batch::attach_stages(PyObject* param_state, Candidate& candidate, Te
       if (!entry.operands[k].is_aligned()) return "the address of a state is no multiple of its element's size";
     }
     if (k >= kAverage) written.push_back(tensor);
-    entry.stages |= kFlags[k - kMask];
+    entry.stages |= stage::kUses[k - kMask];
   }
   return nullptr;
 }

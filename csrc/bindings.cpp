@@ -135,7 +135,8 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
     if (staged && (staged->first >= stage::kFlagCombinations || (staged->first != 0 && staged->second.size() != stage::kScalars)))
       throw py::value_error("stages take " + std::to_string(stage::kScalars) + " scalars and flags below " +
                             std::to_string(stage::kFlagCombinations));
-    const unsigned stage_flags = staged ? staged->first & entry.stages : 0;
+    unsigned stage_flags = staged ? staged->first & entry.stages : 0;
+    if (stage_flags & stage::kAveraged && staged->second[stage::kAverageWeight] == 0) stage_flags &= ~stage::kAveraged;  // not this time
     const Format format = batch.kernel_format(entry, stage_flags);
     const KernelsByFormat& kernels = (isa.kernels->*rule.kernels)[flags];
     const Kernel kernel = (entry.block_size > 0 ? kernels.blocks : kernels.at)[static_cast<int>(format)];

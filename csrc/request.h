@@ -79,6 +79,8 @@ enum Flag : unsigned {
 constexpr unsigned kOfGradient = kClamp | kSubgradient | kPull | kMasked;
 constexpr unsigned kWithCompanion = kKahan | kSplit | kMaster;
 constexpr unsigned kFlagCombinations = 2048;
+// By which the operands from kMask on are used.
+constexpr unsigned kUses[kStageOperands] = {kMasked, kPull, kAveraged, kWithCompanion};
 enum Scalar { kFactor, kLimit, kL1, kAnchorDecay, kKeep, kThreshold, kAverageWeight, kSeed, kStep, kScalars };
 }  // namespace stage
 

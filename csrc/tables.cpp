@@ -7,9 +7,6 @@ namespace {
 
 constexpr int64_t kOwnScalars = -1;  // until the row has a number
 
-// Of the operands of stages, in their order.
-constexpr unsigned kUses[kStageOperands] = {stage::kMasked, stage::kPull, stage::kAveraged, stage::kWithCompanion};
-
 int64_t address_of(const void* data) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(data)); }
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -45,7 +42,7 @@ void Tables::add(const Batch& batch, const std::vector<unsigned>& flags, int64_t
       aligned &= is_aligned(operand.data);
     }
     for (int k = 0; k < kStageOperands; ++k) {
-      if (!(entry_stages & kUses[k])) continue;
+      if (!(entry_stages & stage::kUses[k])) continue;
       const Operand& operand = entry.operands[kMask + k];
       key.formats[kMask + k] = operand.format;
       row[Bucket::kStages + static_cast<size_t>(k)] = address_of(operand.data);

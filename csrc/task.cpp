@@ -22,10 +22,11 @@ char* at(const Operand& operand, int64_t element) {
 // Operands that lie in memory as the kernel takes them are updated in place, in one call if all do and there are no stages. Others pass
 // through scratch memory, a tile at a time: decode, stages, rule, stages, encode, in one pass over memory.
 void Task::run(int64_t begin, int64_t end) const {
-  bool in_place[kAllOperands];
+  bool is_there[kAllOperands], in_place[kAllOperands];
   bool all_in_place = stage_flags == 0;
   for (int k = 0; k < kAllOperands; ++k) {
-    in_place[k] = !operands[k].data || operands[k].scales || (operands[k].format == format && (!walk || walk->dense(k)));
+    is_there[k] = operands[k].data && (k < kMask || stage_flags & stage::kUses[k - kMask]);
+    in_place[k] = !is_there[k] || operands[k].scales || (operands[k].format == format && (!walk || walk->dense(k)));
     if (k == kGrad && (stage_flags & stage::kOfGradient)) in_place[k] = false;  // it is only read
     all_in_place &= in_place[k];
   }
@@ -51,7 +52,7 @@ void Task::run(int64_t begin, int64_t end) const {
     run.first = from;
     run.block_size = block_size;
     for (int k = 0; k < kAllOperands; ++k) {
-      if (!operands[k].data) continue;
+      if (!is_there[k]) continue;
       tile.operands[k] = in_place[k] ? at(operands[k], from) : scratch + k * scratch_bytes;
       if (k < kMaxOperands) run.operands[k] = tile.operands[k];
       if (operands[k].scales) run.scales[k - kFirstState] = operands[k].scales;

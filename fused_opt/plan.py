@@ -145,8 +145,11 @@ class Plan:
         self.optimizer._kept = kept
 
     def host_must_know(self) -> bool:
-        """Whether the host has to know that a step is left out, since a scaler found an infinity or the norm is not finite: all but kernels on a device can leave out a step only by not
-        being called, counters in the host's memory are counted by it, and a buffer whose first value is the gradient has none before."""
+        """Whether the host has to know that a step is left out, since a scaler found an infinity or the norm is not finite.
+
+        All but kernels on a device can leave out a step only by not being called, counters in the host's memory are counted by it, and a
+        buffer whose first value is the gradient has none before.
+        """
         for group in self.groups:
             batch = group.batch
             if group.declined:

@@ -65,10 +65,24 @@ def assert_same_state(actual: torch.optim.Optimizer, expected: torch.optim.Optim
 
 
 # Options of this package's constructors, after torch's own.
-OWN_OPTIONS = (
-    "state_dtype block_size min_8bit_size max_grad_norm grad_norm_type nonfinite_grad_norm max_grad_value l1 l1_method anchor_decay "
-    "average average_decay average_start average_every weights rounding_seed"
-).split()
+OWN_OPTIONS = [
+    "state_dtype",
+    "block_size",
+    "min_8bit_size",
+    "max_grad_norm",
+    "grad_norm_type",
+    "nonfinite_grad_norm",
+    "max_grad_value",
+    "l1",
+    "l1_method",
+    "anchor_decay",
+    "average",
+    "average_decay",
+    "average_start",
+    "average_every",
+    "weights",
+    "rounding_seed",
+]
 
 
 def own_options(name: str) -> list[str]:

@@ -73,7 +73,7 @@ ALL_KINDS = (
         Kind(case.optimizer, case.options, dtype)
         for case, dtypes in STAGE_CASES
         if "max_grad_norm" not in case.options
-        for dtype in {dtypes[0], dtypes[-1]}
+        for dtype in dict.fromkeys((dtypes[0], dtypes[-1]))
     ),
     *KINDS,
 )

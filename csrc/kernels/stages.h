@@ -168,7 +168,7 @@ void after(unsigned flags, const double* s, const Tile& tile) {
       if (tile.format == Format::kFloat16) round(Float16());
     }
   }
-  if (flags & stage::kAveraged && s[stage::kAverageWeight] != 0) {
+  if (flags & stage::kAveraged) {
     const Lerp<T> lerp{static_cast<T>(s[stage::kAverageWeight])};
     for_each(tile.count,
              [=](int64_t i) __attribute__((always_inline)) { store(average, i, lerp(load<T>(average, i), load<T>(param, i))); });
