@@ -10,7 +10,9 @@ constexpr int64_t kScratchBytes = 4096;
 
 // With states in 8-bit codes whole blocks are updated.
 constexpr int64_t kBlockScratchBytes = kMaxBlock * sizeof(float);
-constexpr int64_t kAllScratchBytes = kAllOperands * kBlockScratchBytes;
+// Between the operands, which 4096 bytes apart some processors take for the same address at first.
+constexpr int64_t kGapBytes = 192;
+constexpr int64_t kAllScratchBytes = kAllOperands * (kBlockScratchBytes + kGapBytes);
 
 char* at(const Operand& operand, int64_t element) {
   const int64_t bytes = operand.scales ? 1 : kFormatBytes[static_cast<int>(operand.format)];
@@ -40,7 +42,7 @@ void Task::run(int64_t begin, int64_t end) const {
     const auto transfer = [&](int k, auto f) {
       if (in_place[k]) return;
       const Codec& codec = codecs->at[static_cast<int>(operands[k].format)];
-      char* real = scratch + k * scratch_bytes;
+      char* real = scratch + k * (scratch_bytes + kGapBytes);
       const auto row = [&](int64_t offset, int64_t stride, int64_t length) {
         f(codec, at(operands[k], offset), stride, real, length);
         real += length * real_bytes;
@@ -53,7 +55,7 @@ void Task::run(int64_t begin, int64_t end) const {
     run.block_size = block_size;
     for (int k = 0; k < kAllOperands; ++k) {
       if (!is_there[k]) continue;
-      tile.operands[k] = in_place[k] ? at(operands[k], from) : scratch + k * scratch_bytes;
+      tile.operands[k] = in_place[k] ? at(operands[k], from) : scratch + k * (scratch_bytes + kGapBytes);
       if (k < kMaxOperands) run.operands[k] = tile.operands[k];
       if (operands[k].scales) run.scales[k - kFirstState] = operands[k].scales;
       transfer(k, [](const Codec& codec, void* stored, int64_t stride, void* real, int64_t count) {

@@ -20,6 +20,7 @@ torch steps). In this order, each only where it was asked for:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -76,8 +77,18 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 def check_stage_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError if one of STAGE_OPTIONS has a value that it cannot have, or needs another that is not there."""
-    if _OPTION_SET.isdisjoint(options):
-        return
+    if not _OPTION_SET.isdisjoint(options):
+        given = tuple((name, type(options[name]), options[name]) for name in STAGE_OPTIONS if name in options)
+        try:
+            _check_values(given)
+        except TypeError:  # a list and the like
+            _check_values.__wrapped__(given)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_values(given: tuple[tuple[str, type, Any], ...]) -> None:
+    """Check names, types and values. Once: in each step it would take 20 us."""
+    options = {name: value for name, _, value in given}
     _check_number(options, "max_grad_norm", "0 or greater; inf only measures the norm", least=0.0)
     _check_choice(options, "grad_norm_type", (2, math.inf), "2 (Euclidean) or inf (largest magnitude)")
     _check_choice(options, "nonfinite_grad_norm", ("as_torch", "raise", "skip"), "'as_torch', 'raise' or 'skip'")

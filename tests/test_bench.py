@@ -272,6 +272,7 @@ def test_blocks_are_a_workload_of_bench(tmp_path: Path, capsys: pytest.CaptureFi
     assert "speed-up" not in printed
 
 
+@pytest.mark.slow
 def test_others_are_timed_in_processes_of_their_own_and_stop_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def shown(record: Record) -> str:
     return " ".join(capture.get().split())
 
 
+@pytest.mark.slow
 def test_processes_train_in_turns_and_one_may_crash(tmp_path: Path) -> None:
     shares: list[float] = []
     record = measure_task(SMALL, [made_by("Crashes"), ours()], 1, EFFORT, shares.append)

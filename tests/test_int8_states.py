@@ -218,6 +218,7 @@ def test_parameters_that_share_memory(case: Case) -> None:
 # --- memory ---
 
 
+@pytest.mark.slow
 def test_a_step_allocates_nothing_of_a_parameters_size() -> None:
     assert peak_mib("fused_opt", "AdamW8bit") < 4
 

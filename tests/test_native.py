@@ -116,6 +116,7 @@ def test_without_the_extension_the_classes_are_torchs() -> None:
     assert "reinstall" in forced.stderr
 
 
+@pytest.mark.slow
 def test_a_torch_without_the_exchange_table_is_read_by_methods() -> None:
     """Before torch 2.10 there is no DLPack exchange table; what a program may do must work when it is ignored."""
     result = run_python(

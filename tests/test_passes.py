@@ -134,6 +134,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory_table, name, functools.partial(getattr(memory_table, name), elements=FEW))
 
 
+@pytest.mark.slow
 def test_the_part_is_added_to_a_file_that_has_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ print("survived")
 """
 
 
+@pytest.mark.slow
 def test_threads_that_create_the_same_states() -> None:
     for reader in ("dlpack", "methods"):
         command = [sys.executable, "-c", PROGRAM, reader]

@@ -80,7 +80,7 @@ ALL_KINDS = (
 
 
 # All of them take 6 s: of the case tables every fifth runs always.
-MARKED = [pytest.param(kind, marks=() if kind in KINDS or number % 5 == 0 else pytest.mark.slow) for number, kind in enumerate(ALL_KINDS)]
+MARKED = [pytest.param(kind, marks=() if kind in KINDS or number % 12 == 0 else pytest.mark.slow) for number, kind in enumerate(ALL_KINDS)]
 
 
 @pytest.mark.parametrize("kind", MARKED, ids=lambda kind: f"{Case(kind.name, kind.options)} {kind.dtype}")
