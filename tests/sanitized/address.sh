@@ -24,8 +24,9 @@ trap 'rm -rf "$site"' EXIT
 CXX=$cxx FUSED_OPT_SANITIZE=address,undefined "$python" setup.py --quiet build --build-lib "$site" || exit 1
 
 # Not: what runs no kernel in this process, reads the optimised build's instructions, or takes minutes for the sake of numbers alone.
-left_out='bench|commands|commands_int8|compile|conformance|end_to_end|figures|gpu_check|kernel_costs|memory|optim_db|packaging|processes'
-left_out+='|ptx_machine|quality|report|roofline|schedulers|triton_interpreter|triton_ptx|vector_code|worker'
+left_out='bench|commands|commands_int8|compile|conformance|end_to_end|figures|gpu_check|kernel_costs|memory|optim_db|packaging|passes'
+left_out+='|processes|ptx_machine|quality|quality_weights|report|roofline|schedulers|step_in_backward|step_in_backward_bench'
+left_out+='|step_in_backward_refusals|triton_interpreter|triton_ptx|triton_stages|vector_code|worker'
 if [ $# = 0 ]; then
   mapfile -t files < <(ls tests/test_*.py | grep -vE "test_($left_out)\.py")
   set -- "${files[@]}"
