@@ -38,6 +38,9 @@ class Clip(NamedTuple):
     on_device: GradNorm | None = None
 
 
+NONE = Clip()
+
+
 def check(optimizer: FusedStep) -> None:
     """Raise ValueError if groups differ in what is one for all of them."""
     first = optimizer.param_groups[0]
@@ -61,7 +64,7 @@ def measure(plan: Plan, scaler: Scaler | None) -> Clip:
     optimizer, options = plan.optimizer, plan.optimizer.param_groups[0]
     limit, asked = options.get("max_grad_norm"), options.get("nonfinite_grad_norm")
     if limit is None:
-        return Clip()
+        return NONE
     largest = math.isinf(options.get("grad_norm_type") or 2)
     here = _total(plan.groups, plan.backend, largest)
     total: float | torch.Tensor = here

@@ -69,6 +69,7 @@ class GroupPlan:
     programs: Programs
     declined: Sequence[tuple[int, str]]  # index in group["params"], reason
     in_tables: bool = False  # whether kernels on a device take some of the batch
+    staged: bool = False  # whether the group asks for stages; most do not, and pay nothing for it
 
 
 @dataclass(slots=True)
@@ -79,6 +80,7 @@ class Plan:
     backend: Native
     groups: list[GroupPlan]
     kept: Kept
+    staged: bool  # whether a group is
 
     def run(self, new_states: Sequence[Sequence[State]] = ()) -> None:
         """Do it: torch's share, then the native one. What fails, does so before the native part writes, and leaves all as it was.
@@ -96,10 +98,10 @@ class Plan:
         declines = any(group.declined for group in self.groups)
         if declines:
             fallback.check(optimizer, self.groups)
-        clip = clipping.measure(self, scaler)
+        clip = clipping.measure(self, scaler) if self.staged else clipping.NONE
         if clip.skips:
             return
-        factor = clip.factor * self._unscaling(scaler)
+        factor = clip.factor if scaler is None else clip.factor * self._unscaling(scaler)
         new_states = new_states or [self._new_states(group.group, group.missing) for group, _ in native_groups]  # may run out of memory
         if native_groups and self.kept.sharing is None:
             self.kept.sharing = self.backend.module.Sharing()
@@ -178,12 +180,12 @@ class Plan:
         self.kept.device.prepare(self.optimizer._rule, shares, on_device, scaler, unscales, norm, [number for _, number in there])
         return on_device
 
-    def _unscaling(self, scaler: Scaler | None) -> float:
+    def _unscaling(self, scaler: Scaler) -> float:
         on_host = any(group.batch is not None and group.batch.in_kernels for group in self.groups)
-        return 1 / float(scaler.grad_scale) if on_host and scaler is not None and scaler.grad_scale is not None else 1.0
+        return 1 / float(scaler.grad_scale) if on_host and scaler.grad_scale is not None else 1.0
 
     def _programs(self, group: GroupPlan, batch: _cpu.Batch, in_tables: bool, factor: float) -> Programs:
-        return _programs(self.optimizer._rule, group.group, group.number, batch, in_tables, factor)
+        return _programs(self.optimizer._rule, group.group, group.number, group.staged, batch, in_tables, factor)
 
     def _run(self, shares: Sequence[Share], in_tables: bool, on_device: bool) -> None:
         if in_tables and self.kept.device is not None:
@@ -248,7 +250,9 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
     kept = optimizer.__dict__.pop("_kept", None) or Kept()
     gpu = gpu_server()
     groups = [_plan_group(optimizer, backend, gpu, kept, i, group, assume_grad) for i, group in enumerate(optimizer.param_groups)]
-    clipping.check(optimizer)
+    staged = any(group.staged for group in groups)
+    if staged:
+        clipping.check(optimizer)
     if backend.forced:
         for i, group in enumerate(groups):
             for index, reason in group.declined:
@@ -256,7 +260,7 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
                     f"FUSED_OPT_BACKEND={backend.forced}, but parameter {index} of group {i} cannot be served: {reason}; "
                     "unset it to let others, or torch's own step, serve this parameter"
                 )
-    return Plan(optimizer, backend, groups, kept)
+    return Plan(optimizer, backend, groups, kept, staged)
 
 
 def _plan_group(optimizer: FusedStep, backend: Native, gpu: int, kept: Kept, index: int, group: Group, assume_grad: bool) -> GroupPlan:
@@ -264,13 +268,16 @@ def _plan_group(optimizer: FusedStep, backend: Native, gpu: int, kept: Kept, ind
     reason = _why_not_native(backend, group, gpu)
     if reason:
         with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
-        return GroupPlan(group, number, (), None, (), Programs(), [(i, reason) for i in with_grad])
+        return GroupPlan(group, number, (), None, (), Programs(), [(i, reason) for i in with_grad], staged=has_stages(group))
     check_storage_options(group)
-    check_stage_options(group)
     rule = optimizer._rule
     slots, staged = rule.slots(group), has_stages(group)
-    counter, stages = (counter_of(rule, group), stage_states(group)) if staged else (rule.counter, ())
-    names = (*slots, counter, *stages)
+    counter, names = rule.counter, slots
+    stages: tuple[str, ...] = ()
+    if staged:
+        check_stage_options(group)
+        counter, stages = counter_of(rule, group), stage_states(group)
+        names = (*slots, counter, *stages)
     batch: _cpu.Batch = kept.batches.get((index, names)) or backend.module.Batch(
         [(slot, scale_name(slot), slot in NON_NEGATIVE) for slot in slots],
         counter,
@@ -302,13 +309,14 @@ def _plan_group(optimizer: FusedStep, backend: Native, gpu: int, kept: Kept, ind
                     "there compute in float32; leave it out, or use float32, bfloat16, float16 or 'int8'"
                 )
     try:
-        programs = _programs(rule, group, number, batch, in_tables, 1.0)
+        programs = _programs(rule, group, number, staged, batch, in_tables, 1.0)
         if missing and batch.in_kernels:  # compute theirs too, to fail before anything is written
             rule.program(group, 1.0, True)
     except (TypeError, ValueError) as error:
         options = {name: value for name, value in group.items() if name != "params"}
         raise type(error)(f"param group {index} has an option of a value that cannot be used: {error}; its options are {options}") from None
-    return GroupPlan(group, number, names, None if declined and not batch.indices else batch, missing, programs, declined, in_tables)
+    served = None if declined and not batch.indices else batch
+    return GroupPlan(group, number, names, served, missing, programs, declined, in_tables, staged)
 
 
 def _gather(
@@ -352,14 +360,14 @@ def _explained(reason: str, group: Group) -> str:
     return reason
 
 
-def _programs(rule: Rule, group: Group, number: int, batch: _cpu.Batch, in_tables: bool, factor: float) -> Programs:
+def _programs(rule: Rule, group: Group, number: int, staged: bool, batch: _cpu.Batch, in_tables: bool, factor: float) -> Programs:
     """Where all scalars are computed on a device, those here are none."""
     elsewhere = in_tables and not batch.in_kernels and computes_scalars(group, batch)
     programs = [
         (rule.flags(group, fresh), ()) if elsewhere or step < 0 else rule.program(group, step + 1, fresh, factor)
         for step, fresh in batch.cohorts
     ]
-    if not has_stages(group):
+    if not staged:
         return Programs(programs)
     flags = stage_flags(group)
     stages: list[StageProgram] = []

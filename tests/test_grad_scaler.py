@@ -211,7 +211,7 @@ def test_scalars_of_a_group_whose_counters_are_partly_on_a_gpu() -> None:
     """The factor is in those that the host computes; the others, whose steps it does not know, are none of its business."""
     group = fused_opt.AdamW([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
     batch: Any = SimpleNamespace(cohorts=[(-1.0, False), (3.0, False)], in_kernels=True)
-    (_, unknown), (_, known) = _programs(fused_opt.AdamW._rule, group, 0, batch, in_tables=True, factor=0.25).rule
+    (_, unknown), (_, known) = _programs(fused_opt.AdamW._rule, group, 0, False, batch, in_tables=True, factor=0.25).rule
     assert unknown == ()
     assert known[0] == 0.25
     assert known[1:] == fused_opt.AdamW._rule.program(group, 4.0, False)[1][1:]
