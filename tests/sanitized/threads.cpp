@@ -95,7 +95,7 @@ class Problem {
     for (const Shape& s : shapes)
       for (size_t k = 0; k < kOwn; ++k) start_.emplace_back(s.rows, s.columns, k == 0 ? s.param : s.state);
     now_ = start_;
-    operands_.reserve(shapes.size() * kMaxOperands);  // pointers to them are kept, as to the walks
+    operands_.reserve(shapes.size() * kAllOperands);  // pointers to them are kept, as to the walks
     walks_.reserve(shapes.size());
     for (size_t i = 0; i < shapes.size(); ++i) {
       const Matrix* const own = &now_[i * kOwn];
@@ -107,12 +107,12 @@ class Problem {
         pointers[k] = &infos[k];
         operands_.push_back({infos[k].data, matrices[k]->format, nullptr});
       }
+      operands_.resize((i + 1) * kAllOperands);  // no stage's
       walks_.emplace_back(pointers, kMaxOperands, kParam);
       Task task = {};
       task.walk = shapes[i].param.gap == 0 ? nullptr : &walks_[i];
       task.format = task.walk == nullptr ? own->format : precision == Precision::kSingle ? Format::kFloat32 : Format::kFloat64;
-      task.operand_count = kMaxOperands;
-      task.operands = &operands_[i * kMaxOperands];
+      task.operands = &operands_[i * kAllOperands];
       task.count = shapes[i].rows * shapes[i].columns;
       tasks_.push_back(task);
     }
