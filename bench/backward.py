@@ -83,7 +83,7 @@ def sheet(record: Record) -> Sheet:
         "round, median and its 95% interval; peak: resident memory of the whole process, with Python and torch, and less: than the normal "
         "loop; loss: in nats on held-out text, after the last step, which must be the normal loop's to the bit. Everybody trains in a "
         "process of its own, in turns, from equal weights and on equal batches.",
-        "glibc keeps freed tensors of up to 32 MB; with MALLOC_MMAP_THRESHOLD_=1048576 in the environment it gives them back, and the peak "
+        "glibc keeps freed tensors of up to 32 MB; with MALLOC_MMAP_THRESHOLD_=4000000 in the environment it gives them back, and the peak "
         f"is that of what is in use. Here it was {os.environ.get('MALLOC_MMAP_THRESHOLD_', 'not set')}.",
     ]
     return result

@@ -60,7 +60,7 @@ def step_in_backward(model_or_params: ModelOrParams, optimizer: torch.optim.Opti
 
     A parameter's step costs as much as that of an optimizer with one parameter, 40 us or with cold caches 0.3 ms: it is for models whose
     gradients count. On a CPU glibc keeps what is freed for later, if it is smaller than 32 MB: of 160 MB of gradients of 10 layers the
-    process's peak had 80 less, and 144 with MALLOC_MMAP_THRESHOLD_=1048576 in the environment.
+    process's peak had 80 less, and 144 with MALLOC_MMAP_THRESHOLD_=4000000 in the environment.
 
     Args:
         model_or_params: the module, or tensors, or (name, tensor) pairs. Those that do not require gradients are left out.
