@@ -21,7 +21,7 @@ import torch
 from fused_opt.foreign import foreign_group_options, is_foreign, read_foreign
 from fused_opt.quantization import BLOCK_SIZES, block_size_of, decode, encode, scale_count
 from fused_opt.rules import NON_NEGATIVE, SLOTS, Group, Rule
-from fused_opt.stages import COMPANIONS, STAGE_OPTIONS, STAGE_STATES, check_stage_options
+from fused_opt.stages import COMPANIONS, NEEDS, STAGE_OPTIONS, STAGE_STATES, check_stage_options
 from fused_opt.states import (
     STORAGE_OPTIONS,
     Blocks,
@@ -38,7 +38,7 @@ from fused_opt.states import (
 )
 
 VERSION = 1
-# Options that a loaded group keeps from this optimizer where the saved one does not have them.
+# Options that a loaded group keeps from this optimizer where the saved one does not have them, or what they belong to.
 _KEPT = (*STAGE_OPTIONS, "decoupled_weight_decay")
 _KEYS = frozenset(("version", "code", "block_size", "codes", "scales", "order"))
 
@@ -216,7 +216,8 @@ def _merged(own: Group, group: Group, rule: Rule, foreign: bool) -> Group:
         group = {**own, **options, "params": group["params"]}
     check_storage_options(group)
     own_wishes = {name: own[name] for name in (*STORAGE_OPTIONS, "weights") if name in own}
-    merged = {**{name: own[name] for name in _KEPT if name in own}, **group, **own_wishes}
+    kept = {name: own[name] for name in _KEPT if name in own and NEEDS.get(name, name) not in group}
+    merged = {**kept, **group, **own_wishes}
     if merged.get("weights") != "stochastic":
         merged.pop("rounding_seed", None)
     check_stage_options(merged)

@@ -20,7 +20,7 @@ class Staged:
 
     def __init__(self, rule: Rule, group: Group, number: int, index: int, state: State, factor: float) -> None:
         """`factor`: what the gradient is multiplied with, beside its sign, which is torch's concern."""
-        self._param, self._state, self._group, self._rule = group["params"][index], state, group, rule
+        self._param, self._state, self._group = group["params"][index], state, group
         self._flags = stages.stage_flags(group)
         if rule.zero_states and state and is_fresh(rule, group, state):  # torch makes its states only where there are none at all
             state.update(new_state(rule, group, index, state))

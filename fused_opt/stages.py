@@ -43,7 +43,6 @@ SCALARS = 9
 
 # Stages and scalars of a step, as `Rule.program` gives flags and scalars.
 StageProgram = tuple[int, tuple[float, ...]]
-NO_STAGES: StageProgram = (0, ())
 
 WEIGHTS = ("stochastic", "kahan", "split", "master")
 # Options of a group; what is not given is not in the group.
@@ -102,7 +101,7 @@ def _check_values(given: tuple[tuple[str, type, Any], ...]) -> None:
     _check_whole(options, "average_every", "a number of steps, 1 or more", least=1)
     _check_choice(options, "weights", WEIGHTS, ", ".join(map(repr, WEIGHTS)) + ", or None: rounded to the nearest")
     _check_whole(options, "rounding_seed", f"a whole number from 0 to {_SEEDS - 1}", least=0, most=_SEEDS - 1)
-    for name, needed in _NEEDS.items():
+    for name, needed in NEEDS.items():
         if options.get(name) is not None and options.get(needed) is None:
             raise ValueError(f"{name}={options[name]!r} has no effect without {needed}; give {needed}, too, or leave {name} out")
     if options.get("average_decay") is not None and options["average"] != "ema":
@@ -113,7 +112,8 @@ def _check_values(given: tuple[tuple[str, type, Any], ...]) -> None:
 
 # Of whole numbers, the first that fp32, in which devices have a step's scalars, cannot tell from its neighbours.
 _SEEDS = 1 << 24
-_NEEDS = {
+# What an option means nothing without.
+NEEDS = {
     "grad_norm_type": "max_grad_norm",
     "nonfinite_grad_norm": "max_grad_norm",
     "l1_method": "l1",

@@ -249,3 +249,13 @@ def test_an_average_that_is_asked_for_later_begins_then() -> None:
                 assert_same_bits(average, param)
             else:
                 assert_same_bits(average, torch.lerp(value, param.detach(), 0.5))
+
+
+def test_a_checkpoint_of_another_average_brings_all_of_its_options() -> None:
+    """What belongs to an option is not kept from one optimizer where the option is the other's."""
+    saved = fused_opt.AdamW([torch.nn.Parameter(torch.ones(3))], average="swa", average_every=4).state_dict()
+    optimizer = fused_opt.AdamW([torch.nn.Parameter(torch.ones(3))], average="ema", average_decay=0.5, max_grad_norm=2.0)
+    optimizer.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    assert (group["average"], group["average_every"], group["max_grad_norm"]) == ("swa", 4, 2.0)
+    assert "average_decay" not in group
