@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 import fused_opt
 from fused_opt.bench.reference import IeeeSqrt
-from helpers import assert_same_bits, params_of
+from helpers import SUPPORTED_ISAS, assert_same_bits, assert_same_state, params_of, run_steps
 
 # With every state that the class can have.
 ALL_STATES: dict[str, dict[str, Any]] = {
@@ -130,3 +131,37 @@ def step_alike(pair: Optimizers) -> bool:
         pair[0].step()
     assert caught.type is refused, str(caught.value)
     return False
+
+
+def assert_resumes(
+    make: Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer],
+    values: Sequence[torch.Tensor],
+    grads: Sequence[Sequence[torch.Tensor | None]],
+    how: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Interrupted in the middle and gone on with, on new parameters from a state_dict, a training ends as if it had not been."""
+    half = len(grads) // 2
+    whole, first = make(values), make(values)
+    run_steps(whole, grads)
+    run_steps(first, grads[:half])
+    resumed = make(params_of(first))
+    resumed.load_state_dict(how(first.state_dict()))
+    assert_same_state(resumed, first)
+    run_steps(resumed, grads[half:])
+    assert_same_state(resumed, whole)
+
+
+def assert_isas_and_threads_agree(
+    make: Callable[[], Any], grads: Sequence[Sequence[torch.Tensor | None]], use_isa: Callable[[str], None], threads: Callable[[int], None]
+) -> list[Any]:
+    """Make an optimizer for each, step it there, and compare all bits. Returns them."""
+    optimizers = []
+    for isa, count in itertools.product(SUPPORTED_ISAS, (1, 3)):
+        use_isa(isa)
+        threads(count)
+        optimizers.append(make())
+        run_steps(optimizers[-1], grads)
+        assert optimizers[-1]._last_ran == (isa, count)
+    for other in optimizers[1:]:
+        assert_same_state(other, optimizers[0])
+    return optimizers

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 import fused_opt
 from fused_opt.bench.stage_cases import RULES
 from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of, run_steps
-from pairs import nothing_changes, step_with, through_file
+from pairs import assert_resumes, nothing_changes, step_with, through_file
 
 Optimizer = torch.optim.Optimizer
 SHAPES = ((4, 5), (33,), ())
@@ -227,14 +227,7 @@ def test_resumed_training_goes_on_as_if_it_had_not_been_interrupted(
         optimizer: Optimizer = getattr(fused_opt, name)([torch.nn.Parameter(weight.detach().clone()) for weight in weights], **options)
         return optimizer
 
-    whole, first = make(values), make(values)
-    run_steps(whole, grads)
-    run_steps(first, grads[:4])
-    resumed = make(params_of(first))
-    resumed.load_state_dict(how(first.state_dict()))
-    assert_same_state(resumed, first)
-    run_steps(resumed, grads[4:])
-    assert_same_state(resumed, whole)
+    assert_resumes(make, values, grads, how)
 
 
 def test_an_average_that_is_asked_for_later_begins_then() -> None:

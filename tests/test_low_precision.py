@@ -15,8 +15,8 @@ import fused_opt
 from fused_opt.bench.cases import CASES, Case
 from fused_opt.bench.layouts import gaps, permuted
 from fused_opt.bench.stage_cases import RULES
-from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, needs_grad_dtype, params_of, run_steps
-from pairs import assert_native, nothing_changes, set_grads, step_with, through_file
+from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, needs_grad_dtype, run_steps
+from pairs import assert_native, assert_resumes, nothing_changes, set_grads, step_with, through_file
 
 Optimizer = torch.optim.Optimizer
 SHAPES = ((31, 33), (77,), (), (0, 3), (4, 5, 6))
@@ -249,14 +249,7 @@ def test_resumed_training_goes_on_as_if_it_had_not_been_interrupted(
         optimizer: Optimizer = getattr(fused_opt, name)(params, **RULES[name], weights=weights)
         return optimizer
 
-    whole, first = make(values), make(values)
-    run_steps(whole, grads)
-    run_steps(first, grads[:3])
-    resumed = make(params_of(first))
-    resumed.load_state_dict(how(first.state_dict()))
-    assert_same_state(resumed, first)
-    run_steps(resumed, grads[3:])
-    assert_same_state(resumed, whole)
+    assert_resumes(make, values, grads, how)
 
 
 def test_wide_weights_are_as_without() -> None:

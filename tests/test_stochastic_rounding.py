@@ -13,8 +13,8 @@ import fused_opt
 from fused_opt.bench.layouts import permuted
 from fused_opt.bench.plain_loop import stochastically_rounded
 from fused_opt.bench.stage_cases import RULES
-from helpers import CLASSES, SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, params_of, run_steps
-from pairs import step_with
+from helpers import CLASSES, assert_same_bits, make_problem, params_of, run_steps
+from pairs import assert_isas_and_threads_agree, step_with
 
 # By chance a test fails with this probability, that of a normal deviate beyond `Z` on either side; seeds are fixed, so always or never.
 FALSE_ALARM = 1e-9
@@ -97,16 +97,12 @@ def test_what_is_drawn_depends_on_seed_step_parameter_and_place_only(name: str, 
     """Not on threads, instruction sets or the tensors beside it. The draws themselves: see the next test."""
     values, grads = make_problem(((70_001,), (300, 101), (5,)), 3, torch.bfloat16)
     values = [permuted(value) for value in values]
-    optimizers = []
-    for isa, count in itertools.product(SUPPORTED_ISAS, (1, 3)):
-        use_isa(isa)
-        threads(count)
+
+    def make() -> Any:
         params = [torch.nn.Parameter(value.clone()) for value in values]
-        optimizers.append(getattr(fused_opt, name)(params, **RULES[name], weights="stochastic", rounding_seed=5))
-        run_steps(optimizers[-1], grads)
-        assert optimizers[-1]._last_ran == (isa, count)
-    for other in optimizers[1:]:
-        assert_same_state(other, optimizers[0])
+        return getattr(fused_opt, name)(params, **RULES[name], weights="stochastic", rounding_seed=5)
+
+    optimizers = assert_isas_and_threads_agree(make, grads, use_isa, threads)
     fewer = getattr(fused_opt, name)([torch.nn.Parameter(values[0].clone())], **RULES[name], weights="stochastic", rounding_seed=5)
     run_steps(fewer, [step_grads[:1] for step_grads in grads])
     assert_same_bits(params_of(fewer)[0], params_of(optimizers[0])[0])
