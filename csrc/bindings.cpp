@@ -65,6 +65,9 @@ std::vector<KernelAddress> kernel_addresses() {
           };
           append(kernels.at[format], "");
           if (kernels.blocks[format]) append(kernels.blocks[format], " int8");
+          if (format != static_cast<int>(Format::kBFloat16)) continue;
+          if (kernels.stochastic) append(kernels.stochastic, " stochastic");
+          if (kernels.stochastic_blocks) append(kernels.stochastic_blocks, " int8 stochastic");
         }
   return list;
 }
@@ -137,9 +140,15 @@ std::pair<const char*, int> run(Batch& batch, const std::string& rule_name, cons
                             std::to_string(stage::kFlagCombinations));
     unsigned stage_flags = staged ? staged->first & entry.stages : 0;
     if (stage_flags & stage::kAveraged && staged->second[stage::kAverageWeight] == 0) stage_flags &= ~stage::kAveraged;  // not this time
-    const Format format = batch.kernel_format(entry, stage_flags);
     const KernelsByFormat& kernels = (isa.kernels->*rule.kernels)[flags];
-    const Kernel kernel = (entry.block_size > 0 ? kernels.blocks : kernels.at)[static_cast<int>(format)];
+    const bool in_blocks = entry.block_size > 0;
+    Kernel kernel = in_blocks ? kernels.stochastic_blocks : kernels.stochastic;
+    if (stage_flags == stage::kStochastic && kernel != nullptr && batch.kernel_format(entry, 0) == Format::kBFloat16) {
+      stage_flags = 0;
+    } else {
+      kernel = (in_blocks ? kernels.blocks : kernels.at)[static_cast<int>(batch.kernel_format(entry, stage_flags))];
+    }
+    const Format format = batch.kernel_format(entry, stage_flags);
     const CodecsByFormat* const codecs = &isa.kernels->codecs[static_cast<int>(entry.precision)];
     const Walk* const walk = entry.walk < 0 ? nullptr : &batch.walks[static_cast<size_t>(entry.walk)];
     tasks.push_back({kernel, format, scalars.data(), codecs, entry.operands, walk, entry.count, entry.block_size,

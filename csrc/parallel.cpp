@@ -21,10 +21,6 @@ bool forked = false;
 // Below this many elements a thread costs more than it saves: AdamW takes 16 us for them, and waking a thread that sleeps 5 to 50 us.
 constexpr int64_t kMinElementsPerThread = 32768;
 
-// Shares end at multiples of this many elements of a tensor: a cache line of fp32, half a line of 16-bit numbers. torch aligns new tensors
-// to cache lines, so two threads seldom write to the same one. States in 8-bit codes are shared out by blocks, which are longer.
-constexpr int64_t kShareUnit = 16;
-
 // Elements [begin, end) of all tasks laid end to end.
 void run_share(const std::vector<Task>& tasks, int64_t begin, int64_t end) {
   int64_t start = 0;  // of the task, in the concatenation

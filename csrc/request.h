@@ -33,12 +33,20 @@ constexpr int kCodes = 3;
 constexpr const char* kCodeNames[kCodes] = {"linear", "mulaw", "unsigned_mulaw"};
 constexpr int64_t kMinBlock = 32, kMaxBlock = 4096;
 
+// Threads' shares of a tensor end at multiples of this many elements: two cache lines of fp32, one of 16-bit numbers, and a whole number of
+// what kernels take at once. torch aligns new tensors to cache lines, so two threads seldom write to the same one. States in 8-bit codes
+// are shared out by blocks, which are as long or longer.
+constexpr int64_t kShareUnit = 32;
+
 // `count` elements of each operand, densely packed in the kernel's own format, at any address.
 struct Run {
   void* operands[kMaxOperands];
   int64_t count;
+  int64_t first;  // position of the first element in the tensors, a multiple of kShareUnit and of the block size
+  // Of kernels that round stochastically; else unused.
+  const double* stage_scalars;
+  int64_t number;  // of the parameter in its group
   // Of kernels for states in 8-bit codes; else unused.
-  int64_t first;             // position of the first element in the tensors, a multiple of the block size
   int64_t block_size;        // the last block of a tensor may be shorter
   void* scales[kMaxStates];  // of all blocks of the tensors, fp32
 };
@@ -49,6 +57,8 @@ using Kernel = void (*)(const double* scalars, const Run& run);
 struct KernelsByFormat {
   Kernel at[kFormats];
   Kernel blocks[kFormats];  // for states in 8-bit codes, by the format of parameter and gradient; null if there can be none
+  // For bfloat16, and the second for such codes: they round the parameter stochastically. Null if that is left to a stage.
+  Kernel stochastic, stochastic_blocks;
 };
 
 // Between memory, `stride` elements from one value to the next, and densely packed numbers of a precision.

@@ -92,25 +92,28 @@ def test_small_steps_count_on_average() -> None:
     assert float(moved.std()) > 1
 
 
+@pytest.mark.parametrize("states", [{}, {"state_dtype": "int8", "block_size": 32}], ids=["as-torch", "int8"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_is_drawn_depends_on_seed_step_parameter_and_place_only(name: str, use_isa, threads) -> None:
-    """Not on threads, instruction sets or the tensors beside it. The draws themselves: see the next test."""
+def test_what_is_drawn_depends_on_seed_step_parameter_and_place_only(name: str, states: dict[str, Any], use_isa, threads) -> None:
+    """Not on threads, the tensors beside it, or on who rounds: kernels themselves where fma is an instruction, and on others a stage. The
+    draws themselves: see the next test."""
     values, grads = make_problem(((70_001,), (300, 101), (5,)), 3, torch.bfloat16)
     values = [permuted(value) for value in values]
+    options = {**RULES[name], **states, "weights": "stochastic", "rounding_seed": 5}
 
     def make() -> Any:
-        params = [torch.nn.Parameter(value.clone()) for value in values]
-        return getattr(fused_opt, name)(params, **RULES[name], weights="stochastic", rounding_seed=5)
+        return getattr(fused_opt, name)([torch.nn.Parameter(value.clone()) for value in values], **options)
 
     optimizers = assert_isas_and_threads_agree(make, grads, use_isa, threads)
-    fewer = getattr(fused_opt, name)([torch.nn.Parameter(values[0].clone())], **RULES[name], weights="stochastic", rounding_seed=5)
+    fewer = getattr(fused_opt, name)([torch.nn.Parameter(values[0].clone())], **options)
     run_steps(fewer, [step_grads[:1] for step_grads in grads])
     assert_same_bits(params_of(fewer)[0], params_of(optimizers[0])[0])
 
 
-def test_the_draws_are_those_that_are_documented() -> None:
+@pytest.mark.parametrize("beside", [{}, {"average": "ema"}], ids=["in the kernel", "in a stage"])
+def test_the_draws_are_those_that_are_documented(beside: dict[str, Any]) -> None:
     numbers = 1 + torch.rand(5000, generator=torch.Generator().manual_seed(0)) * 0.9
-    (found,) = rounded(numbers, rounding_seed=77)
+    (found,) = rounded(numbers, rounding_seed=77, **beside)
     gradients = (1 - numbers).bfloat16().float()
     assert_same_bits(found.float(), stochastically_rounded(1 - gradients, 77, 1, 0))
 

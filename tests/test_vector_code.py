@@ -65,17 +65,21 @@ def bodies(kernels: list[Kernel], instructions: list[tuple[int, str]]) -> dict[K
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_every_kernel_uses_whole_registers(isa: str, disassembly) -> None:
     kernels, _, instructions = disassembly
-    checked = 0
+    checked = set()
     for (name, rule, flags, stored, _), body in bodies(kernels, instructions).items():
         if name != isa:
             continue
-        checked += 1
+        checked.add((rule, flags, stored))
         suffix = "d" if stored == "float64" else "s"
         of_values, _, states = stored.partition(" ")
-        for mnemonic in (*ALWAYS[rule], *CONVERSIONS.get(of_values, (STORE,)), *(CODES[isa] if states else ())):
+        for mnemonic in (*ALWAYS[rule], *CONVERSIONS.get(of_values, (STORE,)), *(CODES[isa] if "int8" in states else ())):
             pattern = re.compile(mnemonic.format(register=REGISTER[isa], size=suffix))
             assert any(map(pattern.match, body)), f"{isa} {rule} flags {flags}, {stored}: no {pattern.pattern}"
-    assert checked == len([kernel for kernel in kernels if kernel[0] == "scalar"]) > 100
+    expected = {(rule, flags, stored) for name, rule, flags, stored, _ in kernels if name == "scalar"}
+    # Which round stochastically, too, unlike those for processors without fma; all rules with 8-bit states but centered RMSprop.
+    expected |= {(rule, flags, f"{stored} stochastic") for rule, flags, stored in expected if stored.startswith("bfloat16")}
+    assert checked == expected
+    assert len(checked) > 200
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])

@@ -26,22 +26,6 @@ inline uint32_t largest_magnitude(const float* values, int64_t count) {
 
 inline float scale_of(uint32_t largest) { return float_of(largest < kInfinity ? largest : kNan); }
 
-// 64 random bits, number `place` of a seed. (SplitMix64, Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195: `place` steps
-// from state `seed`.)
-inline uint64_t random_bits(uint64_t seed, int64_t place) {
-  uint64_t x = seed + (static_cast<uint64_t>(place) + 1) * 0x9e3779b97f4a7c15;
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
-  x = (x ^ x >> 27) * 0x94d049bb133111eb;
-  return x ^ x >> 31;
-}
-
-// Of block number `block`. Nothing but seed and place decides, not the number of threads.
-inline Rounding rounding_of(bool stochastic, uint64_t seed, int64_t block) {
-  if (!stochastic) return {0x2000, 0};  // of 14 bits
-  const uint64_t x = random_bits(seed, block);
-  return {static_cast<uint16_t>(x), static_cast<uint16_t>(x >> 16 | 1)};
-}
-
 template <class Code>
 [[gnu::noinline]] void decode_block(const uint8_t* codes, float scale, float* values, int64_t count, bool stream) {
   const float unit = Code::unit(scale);
@@ -155,6 +139,7 @@ struct Block {
   uint8_t* codes[Rule::kStates];
   void* scales[Rule::kStates];  // of all blocks
   int64_t count, number;
+  int64_t position;  // of the first element in the tensors
 };
 
 // In two loops: the first decodes and accumulates, which gives the new scales; the second encodes beside the rule's move, whose square
@@ -165,8 +150,8 @@ struct Block {
 // The seed of the rounding is made of the parameters before the step and of the new scales: not of the step's number, which would have to
 // be saved, and not of nothing, since with the same draw in every step a small momentum could be rounded to itself for ever, and go on
 // moving a weight that has no gradient any more. All averages are rounded by the same offsets.
-template <class Rule, class Value, int... kState>
-[[gnu::always_inline]] inline void update_block(const Rule& given_rule, const Block<Rule>& given_block,
+template <class Rule, class Value, class ParamRounding, int... kState>
+[[gnu::always_inline]] inline void update_block(const Rule& given_rule, const Block<Rule>& given_block, const ParamRounding& rounding,
                                                 std::integer_sequence<int, kState...>) {
   const Rule rule = given_rule;  // so that the compiler knows that no store changes them
   const Block<Rule> block = given_block;
@@ -193,12 +178,17 @@ template <class Rule, class Value, int... kState>
   GroupEncoder encoders[] = {GroupEncoder(CodeOfState<Rule, kState>::inverse(scales[kState]))...};
 #pragma GCC unroll 1
   for (int64_t i = 0; i < end; i += kGroup) {
+    const Dither dither = rounding.at(block.position + i);
+    Weyl added(dither.first, dither.step);
 #pragma GCC unroll 4
     for (int64_t j = i; j < i + kGroup; j += kLanes) {
       Floats p = decode_lanes<Value>(block.param + j * kBytes);
       Floats state[] = {load_lanes<Floats>(&states[kState][j])...};
       rule.move(p, rule.gradient(p, decode_lanes<Value>(block.grad + j * kBytes)), state);
-      encode_lanes<Value>(block.param + j * kBytes, p);
+      if constexpr (std::is_same_v<ParamRounding, Stochastically>)
+        store_lanes(block.param + j * kBytes, narrow(BFloat16::round(p, added.next(), dither.odd) >> 16));
+      else
+        store_lanes(block.param + j * kBytes, Value::encode(p));
       if constexpr (Rule::kMoved != kNone) store_lanes(&states[Rule::kMoved][j], state[Rule::kMoved]);
     }
     constexpr int64_t kLine = kCacheLine / kBytes < kGroup ? kCacheLine / kBytes : kGroup;
@@ -265,11 +255,12 @@ class PaddedCopy {
 };
 
 // A kernel for states in 8-bit codes, and parameters and gradients in another format.
-template <class Rule, class Value>
+template <class Rule, class Value, class ParamRounding = ToNearest>
 void update_blocks(const double* scalars, const Run& run) {
   constexpr int64_t kBytes = sizeof(typename Value::Stored);
   constexpr auto kStates = std::make_integer_sequence<int, Rule::kStates>();
   const Rule rule(scalars);
+  const ParamRounding rounding(run.stage_scalars, run.number);
   PaddedCopy<Rule, Value> copy;
   int64_t number = run.first / run.block_size;
   for (int64_t first = 0; first < run.count; first += run.block_size, ++number) {
@@ -283,8 +274,9 @@ void update_blocks(const double* scalars, const Run& run) {
     }
     block.count = left < run.block_size ? left : run.block_size;
     block.number = number;
+    block.position = run.first + first;
     const bool whole = block.count % kGroup == 0;
-    update_block<Rule, Value>(rule, whole ? block : copy.of(block), kStates);
+    update_block<Rule, Value>(rule, whole ? block : copy.of(block), rounding, kStates);
     if (!whole) copy.write_back(block);
   }
 }

@@ -19,27 +19,17 @@ constexpr int kOffsetBits = 19;
 
 class Offsets {
  public:
-  explicit Offsets(Rounding rounding) : step_(uint32_t(kLanes) * 32 * rounding.step) {
-    Words lanes;
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = static_cast<uint32_t>(i);
-    next_ = (lanes * rounding.step + rounding.first) * 32 + 16;
-  }
+  explicit Offsets(Rounding rounding) : sequence_(32u * rounding.first + 16, 32u * rounding.step) {}
 
   // For the next kGroup elements.
   [[gnu::always_inline]] void next(Words* offsets) {
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < kVectors; ++v) {
-      offsets[v] = next_ & ((1u << kOffsetBits) - 1);
-      next_ += step_;
-    }
+    for (int64_t v = 0; v < kVectors; ++v) offsets[v] = sequence_.next() & ((1u << kOffsetBits) - 1);
   }
 
  private:
-  Words next_;
-  const uint32_t step_;
+  Weyl sequence_;
 };
-
-constexpr uint32_t kInfinity = 0x7f800000, kNan = 0x7fc00000;
 
 // From bits; but NaN if `scale`, which has no sign, is infinite or NaN.
 inline float if_finite(float scale, uint32_t bits) { return float_of(bits_of(scale) < kInfinity ? bits : kNan); }

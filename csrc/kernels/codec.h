@@ -6,6 +6,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "random.h"
 
 namespace fused_opt::FUSED_OPT_ISA {
 namespace {
@@ -83,11 +84,15 @@ struct BFloat16 {
   static Stored encode(Real x) {
     return static_cast<Stored>(round(for_rounding(x)) >> 16);
   }
-  // The result is in the upper half.
   template <class V>
   static auto round(V x) -> decltype(bits_of(x)) {
+    return round(x, kToNearest.first, kToNearest.odd);
+  }
+  // The result is in the upper half. See Dither.
+  template <class V, class W>
+  static auto round(V x, W added, uint32_t odd) -> decltype(bits_of(x)) {
     const auto bits = bits_of(x);
-    return (bits + 0x7fff + (bits >> 16 & 1)) | ones_if(x != x);
+    return (bits + (added & 0xffff) + (bits >> 16 & odd)) | ones_if(x != x);
   }
 };
 
@@ -101,10 +106,7 @@ struct Float16 {
 #elif defined(__F16C__)
     return Floats(_mm256_cvtph_ps(__m128i(x)));
 #else
-    Floats real;
-#pragma GCC unroll 1
-    for (int64_t i = 0; i < kLanes; ++i) real[i] = decode<float>(x[i]);
-    return real;
+    return decode_each(x);
 #endif
   }
   static Lanes encode(Floats x) {
@@ -113,10 +115,7 @@ struct Float16 {
 #elif defined(__F16C__)
     return Lanes(_mm256_cvtps_ph(__m256(x), 0));
 #else
-    Lanes stored;
-#pragma GCC unroll 1
-    for (int64_t i = 0; i < kLanes; ++i) stored[i] = encode<float>(x[i]);
-    return stored;
+    return encode_each(x);
 #endif
   }
   template <class Real>
@@ -136,6 +135,21 @@ struct Float16 {
     const uint32_t subnormal = bits_of(float_of(magnitude < kSmallest ? magnitude : 0) + 0.5f) - bits_of(0.5f);
     const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
     return static_cast<Stored>((bits >> 16 & 0x8000) | (magnitude >= kTooLarge ? special : magnitude < kSmallest ? subnormal : normal));
+  }
+
+ private:
+  // Once, not in every kernel: 0.1 MB of the wheel.
+  [[gnu::noinline]] static Floats decode_each(Lanes x) {
+    Floats real;
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < kLanes; ++i) real[i] = decode<float>(x[i]);
+    return real;
+  }
+  [[gnu::noinline]] static Lanes encode_each(Floats x) {
+    Lanes stored;
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < kLanes; ++i) stored[i] = encode<float>(x[i]);
+    return stored;
   }
 };
 
@@ -191,8 +205,17 @@ template <>
 template <class Value>
 struct Chunk {
   [[gnu::always_inline]] static void decode(const void* stored, float* real) { decode_packed<Value>(stored, real, kChunk); }
-  [[gnu::always_inline]] static void encode(const float* real, void* stored) { encode_packed<Value>(real, stored, kChunk); }
+  [[gnu::always_inline]] static void encode(const float* real, void* stored, Dither) { encode_packed<Value>(real, stored, kChunk); }
 };
+
+#ifndef __F16C__
+// As in Float16::decode_each.
+template <>
+struct Chunk<Float16> {
+  [[gnu::noinline]] static void decode(const void* stored, float* real) { decode_packed<Float16>(stored, real, kChunk); }
+  [[gnu::noinline]] static void encode(const float* real, void* stored, Dither) { encode_packed<Float16>(real, stored, kChunk); }
+};
+#endif
 
 // Even elements first, then odd ones: so a 32-bit word makes two floats, and two floats a word, without moving anything between the lanes
 // of a vector register (a fifth of the step's time).
@@ -207,11 +230,13 @@ struct Chunk<BFloat16> {
       real[i + kChunk / 2] = float_of(word & 0xffff0000);
     }
   }
-  [[gnu::always_inline]] static void encode(const float* real, void* stored) {
+  [[gnu::always_inline]] static void encode(const float* real, void* stored, Dither dither) {
 #pragma GCC ivdep
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kChunk / 2; ++i) {
-      const uint32_t low = BFloat16::round(real[i]), high = BFloat16::round(real[i + kChunk / 2]);
+      const uint32_t added = dither.first + 2 * static_cast<uint32_t>(i) * dither.step;
+      const uint32_t low = BFloat16::round(real[i], added, dither.odd);
+      const uint32_t high = BFloat16::round(real[i + kChunk / 2], added + dither.step, dither.odd);
       store<uint32_t>(stored, i, low >> 16 | (high & 0xffff0000));
     }
   }
@@ -221,11 +246,6 @@ struct Chunk<BFloat16> {
 template <class Value>
 [[gnu::always_inline]] inline Floats decode_lanes(const void* stored) {
   return Value::decode(load_lanes<typename Value::Lanes>(stored));
-}
-
-template <class Value>
-[[gnu::always_inline]] inline void encode_lanes(void* stored, Floats real) {
-  store_lanes(stored, Value::encode(real));
 }
 
 // Codecs as the portable code calls them.

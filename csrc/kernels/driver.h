@@ -42,25 +42,27 @@ void update(const double* scalars, const Run& run) {
 
 // A kernel for memory in a 16-bit format: decode, rule, encode, a chunk at a time. All operands have the format, so a chunk's elements may
 // be taken in any order. The last chunk, if it is not whole, is completed with zeros elsewhere.
-template <class Rule, class Value>
+template <class Rule, class Value, class ParamRounding = ToNearest>
 void update_coded(const double* scalars, const Run& run) {
   constexpr int kOperands = kFirstState + Rule::kStates;
   constexpr int64_t kBytes = sizeof(typename Value::Stored);
   const Rule rule(scalars);
-  const auto update_chunk = [&rule](char* const* stored) __attribute__((always_inline)) {
+  const ParamRounding rounding(run.stage_scalars, run.number);
+  int64_t position = run.first;
+  const auto update_chunk = [&](char* const* stored) __attribute__((always_inline)) {
     alignas(64) float real[kMaxOperands][kChunk];
     void* operands[kMaxOperands];
     for (int k = 0; k < kMaxOperands; ++k) operands[k] = real[k];
     for (int k = 0; k < kOperands; ++k) Chunk<Value>::decode(stored[k], real[k]);
     update_real(rule, operands, kChunk);
     for (int k = 0; k < kOperands; ++k)
-      if (k != kGrad) Chunk<Value>::encode(real[k], stored[k]);
+      if (k != kGrad) Chunk<Value>::encode(real[k], stored[k], k == kParam ? rounding.at(position) : kToNearest);
   };
 
   char* stored[kMaxOperands];
   for (int k = 0; k < kOperands; ++k) stored[k] = static_cast<char*>(run.operands[k]);
   int64_t left = run.count;
-  for (; left >= kChunk; left -= kChunk) {
+  for (; left >= kChunk; left -= kChunk, position += kChunk) {
     update_chunk(stored);
     for (int k = 0; k < kOperands; ++k) stored[k] += kChunk * kBytes;
   }

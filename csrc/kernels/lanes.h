@@ -79,6 +79,26 @@ template <class V>
 [[gnu::always_inline]] inline uint32_t ones_if(bool x) { return x ? ~uint32_t(0) : 0; }
 [[gnu::always_inline]] inline Words ones_if(Ints x) { return Words(x); }
 
+// first + i * step for numbers i, a vector of them at a time, modulo 2^32: a Weyl sequence.
+class Weyl {
+ public:
+  Weyl(uint32_t first, uint32_t step) : step_(uint32_t(kLanes) * step) {
+    Words lanes;
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = static_cast<uint32_t>(i);
+    next_ = lanes * step + first;
+  }
+
+  [[gnu::always_inline]] Words next() {
+    const Words words = next_;
+    next_ += step_;
+    return words;
+  }
+
+ private:
+  Words next_;
+  const uint32_t step_;
+};
+
 // The operations of real.h that are no operators.
 [[gnu::always_inline]] inline Words bits_of(Floats x) { return Words(x); }
 

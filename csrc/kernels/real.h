@@ -41,6 +41,8 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
+constexpr uint32_t kInfinity = 0x7f800000, kNan = 0x7fc00000;  // as bits
+
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 

@@ -91,24 +91,16 @@ template <class F>
   if (flags & stage::kMaster) is_half ? f(Master<Float16>()) : f(Master<BFloat16>());
 }
 
-// Elements that share a draw of random numbers.
-constexpr int64_t kDraw = 256;
-
-// To bfloat16, up with a probability that is the distance from the value below: the expected value is x. What is added to the bits that are
-// cut off is uniform over all 2^16 values from one step to the next, and depends on nothing but seed, step, parameter and position.
-inline void round_stochastically(const double* scalars, const Tile& tile, float* param) {
-  const auto key = static_cast<uint64_t>(scalars[stage::kSeed]) << 24 | static_cast<uint64_t>(scalars[stage::kStep]);
-  const uint64_t seed = random_bits(key, tile.number);
+// To bfloat16, as floats whose lower half is zero.
+inline void round_stochastically(const Stochastically& rounding, const Tile& tile, float* param) {
   for (int64_t from = 0; from < tile.count;) {
-    const int64_t first = tile.first + from, within = first % kDraw;
-    const int64_t length = tile.count - from < kDraw - within ? tile.count - from : kDraw - within;
-    const Rounding draw = rounding_of(true, seed, first / kDraw);
-    const uint32_t step = draw.step, start = draw.first + static_cast<uint32_t>(within) * step;
+    const int64_t first = tile.first + from, left = tile.count - from, of_draw = kDraw - first % kDraw;
+    const int64_t length = left < of_draw ? left : of_draw;
+    const Dither dither = rounding.at(first);
     float* const p = param + from;
     for_each(length, [=](int64_t i) __attribute__((always_inline)) {
-      const float x = load<float>(p, i);
-      const uint32_t random = (start + static_cast<uint32_t>(i) * step) & 0xffff;
-      store(p, i, float_of(x == x ? (bits_of(x) + random) & 0xffff0000 : 0x7fc00000));
+      const uint32_t added = dither.first + static_cast<uint32_t>(i) * dither.step;
+      store(p, i, float_of(BFloat16::round(load<float>(p, i), added, dither.odd) & 0xffff0000));
     });
     from += length;
   }
@@ -162,7 +154,7 @@ void after(unsigned flags, const double* s, const Tile& tile) {
                [=](int64_t i) __attribute__((always_inline)) { store(param, i, nearest<decltype(value)>(load<float>(param, i))); });
     };
     if (flags & stage::kStochastic)
-      round_stochastically(s, tile, static_cast<float*>(param));
+      round_stochastically(Stochastically(s, tile.number), tile, static_cast<float*>(param));
     else if (flags & stage::kAveraged && !(flags & stage::kWithCompanion)) {  // it is one of weights as they are stored
       if (tile.format == Format::kBFloat16) round(BFloat16());
       if (tile.format == Format::kFloat16) round(Float16());

@@ -15,13 +15,19 @@ constexpr bool takes_codes = Rule::kStates > 0;
 template <unsigned kFlags>
 constexpr bool takes_codes<RMSprop<float, kFlags>> = !RMSprop<float, kFlags>::centered;
 
-template <class Rule, class Value>
+template <class Rule, class Value, class ParamRounding = ToNearest>
 constexpr Kernel blocks_kernel = [] {
   if constexpr (takes_codes<Rule>)
-    return update_blocks<Rule, Value>;
+    return update_blocks<Rule, Value, ParamRounding>;
   else
     return nullptr;
 }();
+
+// Null where each fma is a call: a step takes so long there, 4 ns an element, that the stage adds little to it.
+template <class Rule>
+constexpr Kernel stochastic_kernel = kFastFma ? update_coded<Rule, BFloat16, Stochastically> : nullptr;
+template <class Rule>
+constexpr Kernel stochastic_blocks_kernel = kFastFma ? blocks_kernel<Rule, BFloat16, Stochastically> : nullptr;
 
 template <template <class, unsigned> class Rule, class Flags>
 struct Kernels;
@@ -30,11 +36,12 @@ struct Kernels;
 template <template <class, unsigned> class Rule, unsigned... kFlags>
 struct Kernels<Rule, std::integer_sequence<unsigned, kFlags...>> {
   // The members in the order of Format.
-  static constexpr KernelsByFormat list[] = {
-      {{update<Rule<float, kFlags>>, update<Rule<double, kFlags>>, update_coded<Rule<float, kFlags>, BFloat16>,
-        update_coded<Rule<float, kFlags>, Float16>},
-       {blocks_kernel<Rule<float, kFlags>, Plain<float>>, nullptr, blocks_kernel<Rule<float, kFlags>, BFloat16>,
-        blocks_kernel<Rule<float, kFlags>, Float16>}}...};
+  static constexpr KernelsByFormat list[] = {{{update<Rule<float, kFlags>>, update<Rule<double, kFlags>>,
+                                               update_coded<Rule<float, kFlags>, BFloat16>, update_coded<Rule<float, kFlags>, Float16>},
+                                              {blocks_kernel<Rule<float, kFlags>, Plain<float>>, nullptr,
+                                               blocks_kernel<Rule<float, kFlags>, BFloat16>, blocks_kernel<Rule<float, kFlags>, Float16>},
+                                              stochastic_kernel<Rule<float, kFlags>>,
+                                              stochastic_blocks_kernel<Rule<float, kFlags>>}...};
 };
 
 template <template <class, unsigned> class Rule, unsigned kFlagCombinations>

@@ -30,11 +30,11 @@ for source in "$csrc"/*.cpp; do
 done
 aarch64-linux-gnu-g++ $(kernel scalar) -c "$csrc/kernels/table.cpp" -o table.aarch64.o
 [ "$(aarch64-linux-gnu-objdump -d table.aarch64.o | grep -cE 'fmla.*\.4s|fsqrt.*\.4s')" -gt 20 ] || broken "the aarch64 kernels are not vector code"
-aarch64-linux-gnu-g++ -std=c++17 -O2 -static -I"$csrc" "$here/isa_bits.cpp" table.aarch64.o -o isa_bits.aarch64
+aarch64-linux-gnu-g++ -std=c++17 -O2 -static -I"$csrc" "$here"/{isa,stage}_bits.cpp table.aarch64.o -o isa_bits.aarch64
 
 case $(uname -m) in x86_64) ;; *) fail "this machine's own bits are taken from an x86-64 build" ;; esac
 for isa in scalar avx2 avx512; do g++ $(kernel $isa) -c "$csrc/kernels/table.cpp" -o table.$isa.o; done
-g++ -std=c++17 -O2 -static -I"$csrc" "$here/isa_bits.cpp" table.scalar.o table.avx2.o table.avx512.o -o isa_bits
+g++ -std=c++17 -O2 -static -I"$csrc" "$here"/{isa,stage}_bits.cpp table.scalar.o table.avx2.o table.avx512.o -o isa_bits
 ./isa_bits scalar >native.txt
 qemu-aarch64 ./isa_bits.aarch64 scalar >emulated.txt || exit 1
 grep ' compared, ' emulated.txt

@@ -15,7 +15,7 @@ need() { [ -e "$1" ] || fail "missing $1: install the Debian package $2"; }
 need_command() { command -v "$1" >/dev/null || fail "missing command $1: install the Debian package $2"; }
 
 [ $# = 2 ] || [ $# = 3 ] || fail "usage: $0 CHECKOUT WORK_FOLDER [KERNEL_IMAGE]"
-source=$(realpath "$(dirname "$0")")/isa_bits.cpp
+here=$(realpath "$(dirname "$0")")
 csrc=$(realpath "$1")/csrc
 [ -e "$csrc/kernels/table.cpp" ] || fail "no csrc/kernels/table.cpp under $1"
 kernel=${3:-$(printf '%s\n' /boot/vmlinuz-* | sort -V | tail -1)}
@@ -52,7 +52,7 @@ compile() {
 compile scalar
 compile avx2
 compile avx512 ${AVX512_EXTRA_FLAGS:-}
-g++ -std=c++17 -O2 -Wall -Wextra -static -I"$csrc" "$source" scalar.o avx2.o avx512.o -o isa_bits
+g++ -std=c++17 -O2 -Wall -Wextra -static -I"$csrc" "$here"/{isa,stage}_bits.cpp scalar.o avx2.o avx512.o -o isa_bits
 
 if grep -qw avx512f /proc/cpuinfo; then
   echo "this machine has AVX-512: natively,"
