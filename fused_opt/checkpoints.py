@@ -21,7 +21,7 @@ import torch
 from fused_opt.foreign import foreign_group_options, is_foreign, read_foreign
 from fused_opt.quantization import BLOCK_SIZES, block_size_of, decode, encode, scale_count
 from fused_opt.rules import NON_NEGATIVE, SLOTS, Group, Rule
-from fused_opt.stages import COMPANIONS, NEEDS, STAGE_OPTIONS, STAGE_STATES, check_stage_options
+from fused_opt.stages import COMPANIONS, NEEDS, STAGE_OPTIONS, STAGE_STATES, check_stage_options, shrinks
 from fused_opt.states import (
     STORAGE_OPTIONS,
     Blocks,
@@ -58,7 +58,8 @@ def torch_state_dict(source: torch.optim.Optimizer | dict[str, Any]) -> dict[str
         A new state_dict. Tensors that need no conversion are shared.
 
     Raises:
-        ValueError: an 8-bit state has a format that this version does not know.
+        ValueError: an 8-bit state has a format that this version does not know; or weight decay is decoupled, which torch's RMSprop and SGD
+            cannot do: they would add it to the gradient.
     """
     state_dict = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
     states = {
@@ -71,9 +72,20 @@ def torch_state_dict(source: torch.optim.Optimizer | dict[str, Any]) -> dict[str
         }
         for key, state in state_dict["state"].items()
     }
-    own = {*STORAGE_OPTIONS, *STAGE_OPTIONS}
-    groups = [{name: value for name, value in group.items() if name not in own} for group in state_dict["param_groups"]]
+    groups = [_torch_group(number, group) for number, group in enumerate(state_dict["param_groups"])]
     return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _torch_group(number: int, group: Group) -> Group:
+    """A param group without the options that torch lacks."""
+    if shrinks(group):
+        raise ValueError(
+            f"param group {number} has weight_decay={group['weight_decay']} with decoupled_weight_decay=True, which torch.optim's class "
+            "does not have: it would add the decay to the gradient; set weight_decay to 0 in a copy of the state_dict, and decay weights "
+            "yourself"
+        )
+    own = {*STORAGE_OPTIONS, *STAGE_OPTIONS, *(() if "betas" in group else ("decoupled_weight_decay",))}
+    return {name: value for name, value in group.items() if name not in own}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 
 from fused_opt.device_tables import Bucket, DeviceTables, current_device, new_host
 from fused_opt.rules import Group, Program, Rule
-from fused_opt.stages import StageProgram, counter_of, has_stages, stage_constants
+from fused_opt.stages import counter_of, has_stages, stage_constants
 
 if TYPE_CHECKING:
     from fused_opt import _cpu
@@ -30,7 +30,7 @@ class Share(NamedTuple):
     group: Group
     batch: _cpu.Batch
     programs: Sequence[Program]  # one for each cohort
-    stages: Sequence[StageProgram] = ()  # likewise, or none
+    stages: Sequence[Program] = ()  # likewise, or none
 
 
 class Scaler(NamedTuple):

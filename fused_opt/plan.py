@@ -17,7 +17,6 @@ from fused_opt.rules import NON_NEGATIVE, Group, Program, Rule
 from fused_opt.stages import (
     COMPANIONS,
     OF_GRADIENT,
-    StageProgram,
     check_parameter,
     check_stage_options,
     counter_of,
@@ -44,7 +43,7 @@ class Programs(NamedTuple):
     """What is computed in a step, for each cohort of a batch."""
 
     rule: Sequence[Program] = ()
-    stages: Sequence[StageProgram] = ()  # none if the group has no stages
+    stages: Sequence[Program] = ()  # none if the group has no stages
 
 
 @dataclass(slots=True)
@@ -88,14 +87,18 @@ class Plan:
         With `new_states`, for each native group and each of its `missing`, no others are created.
         """
         optimizer = self.optimizer
-        native_groups = [(group, group.batch) for group in self.groups if group.batch is not None]
-        in_tables = any(group.in_tables for group, _ in native_groups)
+        native_groups = []
+        in_tables = declines = False
+        for group in self.groups:  # once: an any() of a generator takes a microsecond
+            if group.batch is not None:
+                native_groups.append((group, group.batch))
+                in_tables |= group.in_tables
+            declines |= bool(group.declined)
         if in_tables:
             _check_capture(optimizer)
         scaler = _scaler(optimizer) if native_groups else None
         if scaler is not None and self.host_must_know() and scaler.found_inf.item():
             return
-        declines = any(group.declined for group in self.groups)
         if declines:
             fallback.check(optimizer, self.groups)
         clip = clipping.measure(self, scaler) if self.staged else clipping.NONE
@@ -370,7 +373,7 @@ def _programs(rule: Rule, group: Group, number: int, staged: bool, batch: _cpu.B
     if not staged:
         return Programs(programs)
     flags = stage_flags(group)
-    stages: list[StageProgram] = []
+    stages: list[Program] = []
     for i, ((step, _), (rule_flags, scalars)) in enumerate(zip(batch.cohorts, programs, strict=True)):
         stages.append((flags, stage_scalars_of(group, number, step + 1, scalars[0]) if scalars else ()))
         if flags & OF_GRADIENT and scalars:  # the factor is a stage's

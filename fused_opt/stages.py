@@ -41,9 +41,6 @@ OF_WEIGHTS = STOCHASTIC | KAHAN | SPLIT | MASTER
 FACTOR, LIMIT, L1, ANCHOR_DECAY, KEEP, THRESHOLD, AVERAGE_WEIGHT, SEED, STEP = range(9)
 SCALARS = 9
 
-# Stages and scalars of a step, as `Rule.program` gives flags and scalars.
-StageProgram = tuple[int, tuple[float, ...]]
-
 WEIGHTS = ("stochastic", "kahan", "split", "master")
 # Options of a group; what is not given is not in the group.
 STAGE_OPTIONS = (
@@ -270,11 +267,6 @@ def check_parameter(group: Group, index: int) -> None:
     if param.is_complex() and (group.get("max_grad_value") is not None or flags & (SUBGRADIENT | PROXIMAL)):
         names = "max_grad_value and l1"
         raise ValueError(f"parameter {index} of its group is {param.dtype}, for which {names} have no meaning; put it in a group without")
-    if param.is_complex() and flags & OF_WEIGHTS:
-        raise ValueError(
-            f"weights={group['weights']!r} cannot be had for parameter {index} of its group, which is {param.dtype}: it is for bfloat16 "
-            "and float16; put it in a group without"
-        )
     if flags & STOCHASTIC and param.dtype == torch.float16:
         raise ValueError(
             f"weights='stochastic' cannot be had for parameter {index} of its group, which is float16: it is for bfloat16; "

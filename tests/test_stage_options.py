@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fused_opt
-from helpers import CLASSES, run_steps
+from fused_opt.stages import WEIGHTS
+from helpers import CLASSES, assert_same_state, make_problem, run_steps
 from pairs import nothing_changes
 
 BAD: tuple[dict[str, Any], ...] = (
@@ -75,7 +76,6 @@ NOT_COMPLEX: tuple[dict[str, Any], ...] = (
     {"max_grad_value": 1.0},
     {"l1": 0.1},
     {"l1": 0.1, "l1_method": "subgradient"},
-    *({"weights": weights} for weights in ("stochastic", "kahan", "split", "master")),
 )
 
 
@@ -86,6 +86,17 @@ def test_complex_parameters_are_refused(options: dict[str, Any]) -> None:
     optimizer = fused_opt.Adam([param], **options)
     with nothing_changes(optimizer), pytest.raises(ValueError, match="complex64"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_weights_of_other_dtypes_stay_as_they_are(weights: str, dtype: torch.dtype) -> None:
+    values, grads = make_problem(((40, 3),), 3, dtype)
+    with_option, plain = (fused_opt.AdamW([torch.nn.Parameter(values[0].clone())], **options) for options in ({"weights": weights}, {}))
+    run_steps(with_option, grads)
+    run_steps(plain, grads)
+    assert with_option._last_ran is not None
+    assert_same_state(with_option, plain)
 
 
 def test_complex_parameters_have_no_masks() -> None:
@@ -102,3 +113,19 @@ def test_float16_is_refused(weights: str) -> None:
     optimizer = fused_opt.Adam([param], weights=weights)
     with nothing_changes(optimizer), pytest.raises(ValueError, match="float16"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "SGD"])
+def test_torch_cannot_be_given_decoupled_weight_decay(name: str) -> None:
+    optimizer = getattr(fused_opt, name)([torch.nn.Parameter(torch.ones(3))], lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)
+    with pytest.raises(ValueError, match=r"group 0 has weight_decay=0\.1 .* it would add the decay .* set weight_decay to 0"):
+        fused_opt.torch_state_dict(optimizer)
+    optimizer.param_groups[0]["weight_decay"] = 0
+    exported = fused_opt.torch_state_dict(optimizer)
+    assert "decoupled_weight_decay" not in exported["param_groups"][0]
+    getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(3))]).load_state_dict(exported)
+    adamw = fused_opt.AdamW([torch.nn.Parameter(torch.ones(3))], weight_decay=0.1)
+    assert (
+        fused_opt.torch_state_dict(adamw)["param_groups"]
+        == torch.optim.AdamW(adamw.param_groups[0]["params"], weight_decay=0.1).state_dict()["param_groups"]
+    )
