@@ -72,3 +72,30 @@ def without_the_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     native.cache_clear()
+
+
+@pytest.fixture
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of `fused-opt bench`, without packages of others that happen to be installed, which take seconds."""
+    from bench_runs import SMALL  # here, since the benchmark has requirements of its own
+    from fused_opt.bench import benchmark
+    from fused_opt.bench.implementations import implementations, others
+
+    for name in ("QUICK", "FULL", "PEERS"):
+        monkeypatch.setattr(benchmark, name, SMALL)
+    known = implementations()
+    before = dict(known)
+    for each in others():
+        del known[each.name]
+    yield
+    known.clear()
+    known.update(before)  # in the order that they had
+
+
+@pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes most of the time of short trainings."""
+    from fused_opt.bench.char_model import Corpus
+
+    windows = Corpus.held_out_windows
+    monkeypatch.setattr(Corpus, "held_out_windows", lambda corpus: [part[:10] for part in windows(corpus)])

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_quality import command, measure_one
 
 from fused_opt.bench import quality_report
 from fused_opt.bench.quality_tasks import diabetes
 from fused_opt.bench.quality_units import SHARED, Combination
 from fused_opt.bench.quality_weights import NEAREST, WEIGHTS, StoredInBFloat16, formats
 from fused_opt.bench.speed_plan import AS_TORCH
+from quality_runs import command, measure_one
 
 
 def test_weights_rounded_to_the_nearest_stand_still_where_all_others_follow_float32() -> None:
