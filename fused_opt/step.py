@@ -21,7 +21,7 @@ from fused_opt.errors import completed
 from fused_opt.native import native
 from fused_opt.plan import Kept, Ran, plan
 from fused_opt.rules import Group, Rule
-from fused_opt.stages import GIVEN_OPTIONS, check_stage_options
+from fused_opt.stages import GIVEN_OPTIONS, STAGE_STATES, check_stage_options
 from fused_opt.states import STORAGE_OPTIONS, Format, asks_for_8bit, check_storage_options
 from fused_opt.weights import float32_weights
 
@@ -143,6 +143,13 @@ class FusedStep(torch.optim.Optimizer):
         """
         with loading(self, self._rule):
             super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's, which expects a step counter in each state that is not empty: also in one with only a mask or an anchor."""
+        states = {**self.__dict__, **state}["state"]
+        counted = {key: value for key, value in states.items() if not (isinstance(value, dict) and STAGE_STATES.issuperset(value))}
+        super().__setstate__({**state, "state": counted})
+        self.state = states
 
     @property
     def last_grad_norm(self) -> torch.Tensor | None:
