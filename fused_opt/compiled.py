@@ -10,7 +10,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from fused_opt.plan import plan
-from fused_opt.stages import has_stages
+from fused_opt.stages import STAGE_OPTIONS
 from fused_opt.states import Format, State, format_of_new_states, is_codes, new_slot, new_state, scale_name
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ def step(optimizer: FusedStep) -> None:
     """What the compiler traces in place of a step. Where that cannot be, it breaks its graph here."""
     rule = optimizer._rule
     fresh_formats = None
-    if not hasattr(optimizer, "found_inf") and optimizer._traceable():
-        groups = optimizer.param_groups
+    groups = optimizer.param_groups
+    if not hasattr(optimizer, "found_inf") and not _asks_for_stages(groups) and optimizer._traceable():
         with_grad = [[i for i, param in enumerate(group["params"]) if param.grad is not None] for group in groups]
         fresh_formats = optimizer._prepare(with_grad)
     if fresh_formats is None:
@@ -49,6 +49,17 @@ def step(optimizer: FusedStep) -> None:
                 lr = torch.ones((), dtype=torch.float64, device=device) * lr
             numbers = [float(number) for number in _numbers(rule, group)]
             step_group(params, [param.grad for param in params], states, lr, numbers, fresh, optimizer._torch_class.__name__)
+
+
+def _asks_for_stages(groups: Sequence[Group]) -> bool:
+    """Whether a group may ask for what the operator does not know. Traced, key by key: so the compiler sees if that changes later."""
+    for group in groups:
+        for name in STAGE_OPTIONS:
+            if group.get(name):
+                return True
+        if "betas" not in group and group.get("decoupled_weight_decay"):
+            return True
+    return False
 
 
 @_disable_dynamo
@@ -81,8 +92,6 @@ def prepare(optimizer: FusedStep, with_grad: Sequence[Sequence[int]]) -> list[li
         the_plan.release()
         for part, indices, not_these in zip(the_plan.groups, with_grad, refused, strict=True):
             params = part.group["params"]
-            if has_stages(part.group):  # the operator knows none
-                return None
             if not not_these.isdisjoint(indices) or any(isinstance(number, torch.Tensor) for number in _numbers(rule, part.group)):
                 return None
             missing = set(part.missing).intersection(indices)
