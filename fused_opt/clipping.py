@@ -108,6 +108,8 @@ def _clip(norm: float, rounded: Callable[[float], float], limit: float, asked: s
             f"the norm of all gradients is {norm}, so they cannot be clipped to max_grad_norm={limit}; nothing has been changed: look for "
             "the gradient that is not finite, pass nonfinite_grad_norm='skip' to leave such steps out, or 'as_torch'"
         )
+    if limit == math.inf:  # it only measures, where torch makes NaN of an infinite norm
+        return NONE
     # Each operation rounded as torch's are, of which `limit / tensor` is two.
     factor = rounded(rounded(1 / rounded(norm + rounded(1e-6))) * rounded(limit))
     return Clip(min(factor, 1.0) if factor == factor else factor)
@@ -166,4 +168,20 @@ def _combined(optimizer: FusedStep, total: float | torch.Tensor) -> float | torc
     tensor = total if isinstance(total, torch.Tensor) else torch.tensor(total, dtype=torch.float64, device="cpu")
     result = optimizer.reduce_grad_norm(tensor)
     tensor = tensor if result is None else result
-    return tensor if isinstance(total, torch.Tensor) else float(tensor)
+    if not isinstance(tensor, torch.Tensor) or tensor.numel() != 1:
+        found = (
+            f"a tensor of shape {tuple(tensor.shape)}"
+            if isinstance(tensor, torch.Tensor)
+            else f"{tensor!r} of type {type(tensor).__name__}"
+        )
+        raise TypeError(
+            f"reduce_grad_norm returned {found}; it must return a tensor of one number, or None if it changed the one it was given"
+        )
+    if isinstance(total, torch.Tensor):  # nobody waits for the device
+        return tensor
+    number = float(tensor)
+    if number < 0:
+        raise ValueError(
+            f"reduce_grad_norm returned {number}; sums of squares and magnitudes are 0 or more: add or compare them, of all ranks"
+        )
+    return number

@@ -70,6 +70,8 @@ def n_of_m_masks(params: Params, n: int = 2, m: int = 4, dim: int = -1) -> Masks
     tensors = _tensors(params)
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in (n, m)) or not 1 <= n <= m:
         raise ValueError(f"Invalid n={n!r}, m={m!r}; give whole numbers with 1 <= n <= m, such as n=2, m=4")
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise ValueError(f"Invalid dim: {dim!r}; give a whole number: -1 for the last dimension, 1 for a convolution's input channels")
     for tensor in tensors:
         shape = tuple(tensor.shape)
         if not -len(shape) <= dim < len(shape):
@@ -77,7 +79,7 @@ def n_of_m_masks(params: Params, n: int = 2, m: int = 4, dim: int = -1) -> Masks
         if shape[dim] % m:
             raise ValueError(
                 f"a tensor of shape {shape} has {shape[dim]} weights along dim={dim}, which is no multiple of m={m}; leave it out: pass a "
-                "list of those that are, or give another dim"
+                "list of those that are, or give another dim (1: the input channels of a convolution)"
             )
     return {tensor: _largest_of_each(tensor, n, m, dim) for tensor in tensors}
 

@@ -85,17 +85,17 @@ def check_stage_options(options: Mapping[str, Any]) -> None:
 def _check_values(given: tuple[tuple[str, type, Any], ...]) -> None:
     """Check names, types and values. Once: in each step it would take 20 us."""
     options = {name: value for name, _, value in given}
-    _check_number(options, "max_grad_norm", "0 or greater; inf only measures the norm", least=0.0)
+    _check_number(options, "max_grad_norm", "a number, 0 or greater; inf only measures the norm", least=0.0)
     _check_choice(options, "grad_norm_type", (2, math.inf), "2 (Euclidean) or inf (largest magnitude)")
     _check_choice(options, "nonfinite_grad_norm", ("as_torch", "raise", "skip"), "'as_torch', 'raise' or 'skip'")
-    _check_number(options, "max_grad_value", "0 or greater", least=0.0)
-    _check_number(options, "l1", "0 or greater and finite; 0 switches it off", least=0.0, finite=True)
+    _check_number(options, "max_grad_value", "a number, 0 or greater", least=0.0)
+    _check_number(options, "l1", "a number, 0 or greater and finite; 0 switches it off", least=0.0, finite=True)
     _check_choice(options, "l1_method", ("proximal", "subgradient"), "'proximal' (exact zeros) or 'subgradient'")
-    _check_number(options, "anchor_decay", "0 or greater and finite; 0 switches it off", least=0.0, finite=True)
+    _check_number(options, "anchor_decay", "a number, 0 or greater and finite; 0 switches it off", least=0.0, finite=True)
     _check_choice(options, "average", ("ema", "swa"), "'ema' (exponential) or 'swa' (equal weights)")
-    _check_number(options, "average_decay", "at least 0 and at most 1; the default is 0.999", least=0.0, most=1.0)
-    _check_whole(options, "average_start", "a number of steps, 0 or more", least=0)
-    _check_whole(options, "average_every", "a number of steps, 1 or more", least=1)
+    _check_number(options, "average_decay", "a number, at least 0 and at most 1; the default is 0.999", least=0.0, most=1.0)
+    _check_whole(options, "average_start", "a whole number of steps, 0 or more", least=0)
+    _check_whole(options, "average_every", "a whole number of steps, 1 or more", least=1)
     _check_choice(options, "weights", WEIGHTS, ", ".join(map(repr, WEIGHTS)) + ", or None: rounded to the nearest")
     _check_whole(options, "rounding_seed", f"a whole number from 0 to {_SEEDS - 1}", least=0, most=_SEEDS - 1)
     for name, needed in NEEDS.items():
@@ -252,13 +252,28 @@ def stage_dtypes(group: Group, param: torch.Tensor) -> dict[str, torch.dtype]:
 
 @torch.no_grad()
 def new_stage_states(group: Group, param: torch.Tensor, existing: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Those that a parameter does not have yet, in its shape and strides, but for masks. Anchor, average and master are copies of it."""
+    """Those that a parameter does not have yet, in its shape and strides, but for masks. Anchor, average and master are copies of it.
+
+    Raises:
+        ValueError: the average would have a weight in its first step that is right only after those that it has missed.
+    """
     made: dict[str, torch.Tensor] = {}
     for name, dtype in stage_dtypes(group, param).items():
         if name != MASK_STATE and name not in existing:
+            if name == AVERAGE_STATE:
+                _check_beginning(group, param, existing)
             new = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
             made[name] = new.zero_() if name in (COMPANIONS["kahan"], COMPANIONS["split"]) else new.copy_(param)
     return made
+
+
+def _check_beginning(group: Group, param: torch.Tensor, existing: Mapping[str, Any]) -> None:
+    done, start = int(existing.get("step", 0)), group.get("average_start") or 0
+    if done > start:
+        raise ValueError(
+            f"average={group['average']!r} begins after {start} steps (average_start), but a parameter of shape {tuple(param.shape)} has "
+            f"done {done} and has no average; set average_start={done} in its group, so that its average begins now"
+        )
 
 
 def check_parameter(group: Group, index: int) -> None:

@@ -68,9 +68,12 @@ def floor(x):
 
 @triton.jit
 def clip_factor(norm, max_norm):
-    """As torch.nn.utils.clip_grad_norm_ has it, in fp32: a number divided by a tensor is its reciprocal times the number. NaN stays."""
+    """As torch.nn.utils.clip_grad_norm_ has it, in fp32: a number divided by a tensor is its reciprocal times the number. NaN stays.
+
+    But 1 if `max_norm` is infinite, which only measures, where torch makes NaN of an infinite norm.
+    """
     factor = tl.div_rn(tl.full((), 1.0, tl.float32), norm + 1e-6) * max_norm
-    return tl.where(factor > 1.0, 1.0, factor)
+    return tl.where((factor > 1.0) | (max_norm - max_norm != 0.0), 1.0, factor)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 import fused_opt
 from fused_opt.bench.stage_cases import RULES
 from helpers import CLASSES, assert_same_bits, assert_same_state, make_problem, params_of, run_steps
-from pairs import assert_resumes, nothing_changes, step_with, through_file
+from pairs import assert_resumes, nothing_changes, set_grads, step_with, through_file
 
 Optimizer = torch.optim.Optimizer
 SHAPES = ((4, 5), (33,), ())
@@ -230,18 +230,27 @@ def test_resumed_training_goes_on_as_if_it_had_not_been_interrupted(
     assert_resumes(make, values, grads, how)
 
 
-def test_an_average_that_is_asked_for_later_begins_then() -> None:
-    """In its first step it is the weights; counters that exist count on."""
-    for name in CLASSES:
-        optimizer = trained(name)
-        optimizer.param_groups[0].update(average="ema", average_decay=0.5)
-        values = [param.detach().clone() for param in params_of(optimizer)]
-        run_steps(optimizer, [[torch.ones_like(param) for param in params_of(optimizer)]])
-        for param, average, value in zip(params_of(optimizer), averages_of(optimizer), values, strict=True):
-            if name == "SGD":  # its first counted step
-                assert_same_bits(average, param)
-            else:
-                assert_same_bits(average, torch.lerp(value, param.detach(), 0.5))
+@pytest.mark.parametrize("average", ["ema", "swa"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_average_that_is_asked_for_later_begins_when_it_is_told(name: str, average: str) -> None:
+    """In its first step it is the weights. Without a beginning it would be weighed as if it had been there from the first step on."""
+    optimizer = trained(name)
+    (group,) = optimizer.param_groups
+    done = next(iter(optimizer.state.values())).get("step", torch.tensor(0.0)).item()  # SGD has not counted
+    group.update(average=average)
+    ones = [torch.ones_like(param) for param in params_of(optimizer)]
+    if done:
+        set_grads(optimizer, ones)
+        with nothing_changes(optimizer), pytest.raises(ValueError, match=rf"no average; set average_start={done:.0f} "):
+            optimizer.step()
+        group["average_start"] = int(done)
+    run_steps(optimizer, [ones])
+    for param, average_of_one in zip(params_of(optimizer), averages_of(optimizer), strict=True):
+        assert_same_bits(average_of_one, param)
+    before = [param.detach().clone() for param in params_of(optimizer)]
+    run_steps(optimizer, [ones])
+    for param, second, first in zip(params_of(optimizer), averages_of(optimizer), before, strict=True):
+        assert_same_bits(second, torch.lerp(first, param.detach(), 0.5 if average == "swa" else 1 - 0.999))
 
 
 def test_a_checkpoint_of_another_average_brings_all_of_its_options() -> None:

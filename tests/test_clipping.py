@@ -17,7 +17,7 @@ from fused_opt.bench.plain_loop import total_norm
 from fused_opt.bench.stage_cases import RULES
 from fused_opt.bench.ulp import max_ulp
 from helpers import CLASSES, SUPPORTED_ISAS, assert_same_bits, assert_same_state, make_problem, needs_grad_dtype, params_of, run_steps
-from pairs import set_grads
+from pairs import nothing_changes, set_grads
 
 Optimizer = torch.optim.Optimizer
 SHAPES = ((40, 25), (), (77,), (501,))
@@ -279,6 +279,36 @@ def test_parameters_that_torch_steps_are_clipped_with_the_others(kind: Callable[
         assert theirs is not None
         assert max_ulp(param, theirs) <= 2
         assert_same_bits(grad.to_dense() if grad.is_sparse else grad.clone(), copy)
+
+
+@pytest.mark.parametrize("grad", [[math.inf, 1.0, 1.0], [3e38, 3e38, 1.0], [1.0, 2.0, 3.0]])
+def test_an_infinite_limit_only_measures(grad: list[float]) -> None:
+    measuring, plain = (
+        fused_opt.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1, **options) for options in ({"max_grad_norm": math.inf}, {})
+    )
+    for optimizer in (measuring, plain):
+        set_grads(optimizer, [torch.tensor(grad)])
+        optimizer.step()
+    assert_same_bits(params_of(measuring)[0], params_of(plain)[0])
+    assert measuring.last_grad_norm is not None
+    assert measuring.last_grad_norm.isinf() == (max(grad) > 1e38)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        ("x", TypeError, r"reduce_grad_norm returned 'x' of type str; it must return a tensor of one number, or None"),
+        (torch.ones(2), TypeError, r"reduce_grad_norm returned a tensor of shape \(2,\)"),
+        (torch.tensor(-1.0), ValueError, r"reduce_grad_norm returned -1.0; sums of squares"),
+    ],
+    ids=["text", "two numbers", "negative"],
+)
+def test_what_ranks_combined_must_be_a_norm(result: Any, error: type[Exception], message: str) -> None:
+    optimizer = fused_opt.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1, max_grad_norm=1.0)
+    optimizer.reduce_grad_norm = lambda _: result
+    set_grads(optimizer, [torch.ones(3)])
+    with nothing_changes(optimizer), pytest.raises(error, match=message):
+        optimizer.step()
 
 
 def test_without_the_extension(without_the_extension: None) -> None:
