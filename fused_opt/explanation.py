@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fused_opt import fallback
 from fused_opt.plan import GroupPlan, Plan, plan
 from fused_opt.quantization import block_size_of, scale_count
 from fused_opt.rules import Group
@@ -85,7 +86,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
 
     Raises:
         TypeError: the optimizer is not one of this package's.
-        KeyError, RuntimeError: the next step would raise it, too.
+        KeyError, RuntimeError, ValueError: the next step would raise it, too.
     """
     if not isinstance(optimizer, FusedStep):
         raise TypeError(
@@ -93,6 +94,8 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
             "make it with fused_opt.Adam, AdamW, RMSprop or SGD"
         )
     the_plan = plan(optimizer, assume_grad=True)
+    if any(group.declined for group in the_plan.groups):
+        fallback.check(optimizer, the_plan.groups)
     alike: dict[tuple[int, str, str, str, str, tuple[tuple[str, str], ...]], list[int]] = {}
     state_bytes: dict[tuple[int, int], int] = {}
     for number, group in enumerate(the_plan.groups):

@@ -295,17 +295,24 @@ def check_parameter(group: Group, index: int) -> None:
 
 
 def stages_in_words(group: Group, dtype: torch.dtype) -> tuple[str, ...]:
-    """What a group asks for of parameters of a dtype, for people."""
+    """What a group asks for of parameters of a dtype, for people: with every option that is not left out."""
     weights, average = group.get("weights"), group.get("average")
     l1 = group.get("l1")
+
+    def details(*first: str, **names: str) -> str:
+        found = [*first, *(f"{words} {group[name]}" for name, words in names.items() if group.get(name) is not None)]
+        return f" ({', '.join(found)})" if found else ""
+
+    norm = f"clip by norm {group.get('max_grad_norm')}{details(grad_norm_type='norm type', nonfinite_grad_norm='if it is not finite:')}"
+    averages = details(str(average), average_decay="decay", average_start="after step", average_every="every")
     asked = (
-        (group.get("max_grad_norm") is not None, f"clip by norm {group.get('max_grad_norm')}"),
+        (group.get("max_grad_norm") is not None, norm),
         (group.get("max_grad_value") is not None, f"clip by value {group.get('max_grad_value')}"),
         (bool(l1), f"l1 {l1} ({group.get('l1_method') or 'proximal'})"),
         (bool(group.get("anchor_decay")), f"pull to anchor {group.get('anchor_decay')}"),
         (bool(group.get("masked")), "masks"),
         (shrinks(group), f"decoupled weight decay {group.get('weight_decay')}"),
-        (average is not None, f"average ({average})"),
-        (weights is not None and dtype in LOW_PRECISION, f"weights {weights}"),
+        (average is not None, f"average{averages}"),
+        (weights is not None and dtype in LOW_PRECISION, f"weights {weights}{details(rounding_seed='seed')}"),
     )
     return tuple(words for asks, words in asked if asks)

@@ -115,6 +115,29 @@ def test_float16_is_refused(weights: str) -> None:
         optimizer.step()
 
 
+def test_explain_tells_every_option() -> None:
+    param = torch.nn.Parameter(torch.ones(3).bfloat16())
+    average = {"average": "ema", "average_decay": 0.9, "average_start": 10, "average_every": 3}
+    optimizer = fused_opt.AdamW(
+        [param], max_grad_norm=1.0, nonfinite_grad_norm="skip", l1=0.1, **average, weights="stochastic", rounding_seed=4
+    )
+    assert fused_opt.explain(optimizer).rows[0].stages == (
+        "clip by norm 1.0 (if it is not finite: skip)",
+        "l1 0.1 (proximal)",
+        "average (ema, decay 0.9, after step 10, every 3)",
+        "weights stochastic (seed 4)",
+    )
+
+
+def test_explain_raises_what_the_step_would() -> None:
+    embedding = torch.nn.Embedding(5, 2, sparse=True)
+    optimizer = fused_opt.SGD(embedding.parameters(), lr=0.1, l1=0.1)
+    embedding(torch.tensor([1])).sum().backward()
+    for action in (lambda: fused_opt.explain(optimizer), optimizer.step):
+        with nothing_changes(optimizer), pytest.raises(RuntimeError, match=r"layout torch\.sparse_coo, for which .* cannot be had"):
+            action()
+
+
 @pytest.mark.parametrize("name", ["RMSprop", "SGD"])
 def test_torch_cannot_be_given_decoupled_weight_decay(name: str) -> None:
     optimizer = getattr(fused_opt, name)([torch.nn.Parameter(torch.ones(3))], lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)
