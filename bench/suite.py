@@ -84,7 +84,7 @@ class Results:
         return (
             f"Do not trust these times: other programs took up to {max(busy)[0]:.0%} of the CPU during {len(busy)} of them "
             f"(first: {busy[0][1]}), and threads that wait for each other suffer from that out of proportion. Run it again on an idle "
-            "machine."
+            "machine, or with --threads 1."
         )
 
     def keep(self, unit: Unit, record: Record, load: float | None, seconds: float) -> None:
