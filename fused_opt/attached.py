@@ -12,8 +12,10 @@ from fused_opt.stages import ANCHOR_STATE, MASK_STATE, STAGE_STATES
 
 Attached = Mapping[torch.Tensor, torch.Tensor | None]
 
+ATTACHED_STATES = (MASK_STATE, ANCHOR_STATE)
+
 # The states that are zero where the mask is False. In 8-bit codes, too, 0 is zero.
-_ZEROED = (SLOTS | STAGE_STATES) - {MASK_STATE, ANCHOR_STATE}
+ZEROED_STATES = (SLOTS | STAGE_STATES).difference(ATTACHED_STATES)
 
 
 @torch.no_grad()
@@ -27,7 +29,8 @@ def set_masks(optimizer: torch.optim.Optimizer, masks: Attached) -> None:
         optimizer: one of fused_opt.
         masks: parameter -> mask, or None to take its mask away: the weights then stay as they are until the next step, which moves them
             again. Of the parameter's shape and device; bool, or another dtype with no values but 0 and 1. Copied (one byte a weight).
-            Parameters that are not in the mapping keep the mask that they have, or go on without.
+            Parameters that are not in the mapping keep the mask that they have, or go on without. So do those of which a loaded
+            checkpoint has none.
 
     Raises:
         TypeError: `masks` is no mapping; a mask is no tensor or is complex; a parameter with a mask is complex.
@@ -51,6 +54,7 @@ def set_masks(optimizer: torch.optim.Optimizer, masks: Attached) -> None:
             group.pop("masked", None)
 
 
+@torch.inference_mode(False)  # what is made there cannot be written later
 @torch.no_grad()
 def set_anchors(optimizer: torch.optim.Optimizer, anchors: Attached) -> None:
     """Say which weights `anchor_decay` pulls towards: L2-SP of Li, Grandvalet & Davoine, 2018, https://arxiv.org/abs/1802.01483.
@@ -62,8 +66,9 @@ def set_anchors(optimizer: torch.optim.Optimizer, anchors: Attached) -> None:
         anchors: parameter -> anchor, or None to take its anchor away: the next step then takes the weights that it finds. Of the
             parameter's shape and device; float32, float64, bfloat16 or float16, or complex for a complex parameter. Not copied, so that
             those of a model that is there anyway take no memory: what is written to it counts. Copied only if it shares memory with
-            the parameter, has other strides, or has a dtype that does not hold all values of the parameter's.
-            Parameters that are not in the mapping keep the anchor that they have.
+            the parameter, has other strides, or has a dtype that does not hold all values of the parameter's; is lazily conjugated or
+            negated, or was made in inference mode. Those that `load_state_dict` finds in a checkpoint are copies.
+            Parameters that are not in the mapping keep the anchor that they have, as do those of which a loaded checkpoint has none.
 
     Raises:
         TypeError: `anchors` is no mapping; an anchor is no tensor, or has none of these dtypes.
@@ -91,7 +96,10 @@ def _checked(
         if not isinstance(param, torch.Tensor) or param not in places:
             is_tensor = isinstance(param, torch.Tensor)
             found = f"a tensor of shape {tuple(param.shape)}" if is_tensor else f"{param!r} of type {type(param).__name__}"
-            raise ValueError(f"the {what}s have {found}, which is no parameter of this optimizer; give keys out of its param_groups")
+            by_name = ": {parameter: by_name[name] for name, parameter in model.named_parameters()}" if isinstance(param, str) else ""
+            raise ValueError(
+                f"the {what}s have {found}, which is no parameter of this optimizer; give keys out of its param_groups{by_name}"
+            )
         if value is not None:
             _check_like(param, value, what, places[param])
             value = make(optimizer, param, value, places[param])
@@ -129,27 +137,28 @@ def _mask(optimizer: torch.optim.Optimizer, param: torch.Tensor, mask: torch.Ten
     return torch.empty_like(param, dtype=torch.bool, memory_format=torch.preserve_format, requires_grad=False).copy_(mask)
 
 
-_ANCHOR_DTYPES = {
+ANCHOR_DTYPES = {
     False: (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     True: (torch.complex64, torch.complex128, torch.complex32),
 }
 
 
 def _anchor(optimizer: torch.optim.Optimizer, param: torch.Tensor, anchor: torch.Tensor, place: str) -> torch.Tensor:
-    dtypes = _ANCHOR_DTYPES[param.is_complex()]
+    dtypes = ANCHOR_DTYPES[param.is_complex()]
     if anchor.dtype not in dtypes:
         names = ", ".join(map(str, dtypes))
         raise TypeError(f"the anchor of {place}, which is {param.dtype}, has dtype {anchor.dtype}; use one of {names}")
     dtype = torch.promote_types(param.dtype, anchor.dtype)
     shared = anchor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
-    if anchor.dtype == dtype and anchor.stride() == param.stride() and not shared:
+    special = anchor.is_conj() or anchor.is_neg() or anchor.is_inference()
+    if anchor.dtype == dtype and anchor.stride() == param.stride() and not shared and not special:
         return anchor.detach()
     return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(anchor)
 
 
 def _states_of(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> dict[str, torch.Tensor]:
     state = optimizer.state.get(param, {})
-    return {name: value for name, value in state.items() if name in _ZEROED and isinstance(value, torch.Tensor)}
+    return {name: value for name, value in state.items() if name in ZEROED_STATES and isinstance(value, torch.Tensor)}
 
 
 def _attach(optimizer: torch.optim.Optimizer, name: str, made: Attached) -> None:

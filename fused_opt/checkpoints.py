@@ -12,16 +12,19 @@ which dimension of the parameter each one is.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fused_opt.attached import ATTACHED_STATES, ZEROED_STATES
 from fused_opt.foreign import foreign_group_options, is_foreign, read_foreign
 from fused_opt.quantization import BLOCK_SIZES, block_size_of, decode, encode, scale_count
 from fused_opt.rules import NON_NEGATIVE, SLOTS, Group, Rule
-from fused_opt.stages import COMPANIONS, NEEDS, STAGE_OPTIONS, STAGE_STATES, check_stage_options, shrinks
+from fused_opt.stage_checkpoints import loaded_stage_state, lost_companions
+from fused_opt.stages import MASK_STATE, NEEDS, STAGE_OPTIONS, STAGE_STATES, check_stage_options, shrinks
 from fused_opt.states import (
     STORAGE_OPTIONS,
     Blocks,
@@ -93,8 +96,9 @@ def loading(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[None]:
     """Within this context `optimizer.load_state_dict` reads every format, and gives each state the one it is to have.
 
     That is the one that the group's `state_dtype` asks for, if there is any: this optimizer's own, or else the saved one. If there is none
-    it is the saved one, but torch casts a state that was saved narrower than its parameter. Everything is converted before anything is
-    changed. Hooks of the user see the state_dict before, and the states after.
+    it is the saved one, but torch casts a state that was saved narrower than its parameter. Masks and anchors that this optimizer has and
+    the checkpoint has not stay. Everything is converted before anything is changed. Hooks of the user see the state_dict before, and the
+    states after.
     """
 
     def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -105,12 +109,18 @@ def loading(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[None]:
         states = dict(state_dict["state"])
         sizes = [[len(group["params"]) for group in some] for some in (optimizer.param_groups, state_dict["param_groups"])]
         if sizes[0] == sizes[1]:  # otherwise torch will say what is wrong
-            for own, group in zip(optimizer.param_groups, groups, strict=True):
+            for own, group, saved_group in zip(optimizer.param_groups, groups, state_dict["param_groups"], strict=True):
                 _check_names(own, group)
                 view = {**own, **group, "params": own["params"]}
-                for index, key in enumerate(group["params"]):
-                    if key in states:
-                        states[key] = _loaded_state(rule, view, index, states[key])
+                lost.extend(lost_companions(view, saved_group, states))
+                for index, (key, param) in enumerate(zip(group["params"], own["params"], strict=True)):
+                    loaded = _loaded_state(rule, view, index, states[key]) if key in states else {}
+                    loaded = _with_attached(loaded, optimizer.state.get(param, {}))
+                    if loaded or key in states:
+                        states[key] = loaded
+                group.pop("masked", None)
+                if any(MASK_STATE in states.get(key, {}) for key in group["params"]):
+                    group["masked"] = True
         return {**state_dict, "state": states, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
 
     def after(_: torch.optim.Optimizer) -> None:
@@ -119,10 +129,13 @@ def loading(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[None]:
                 if isinstance(value, _Ready):
                     state[name] = value.tensor
 
+    lost: list[str] = []
     handles = [optimizer.register_load_state_dict_pre_hook(before), optimizer.register_load_state_dict_post_hook(after, prepend=True)]
     state, param_groups = optimizer.state, optimizer.param_groups
     try:
         yield
+        for what in dict.fromkeys(lost):
+            warnings.warn(what, stacklevel=4)
     except BaseException:  # torch may have put new ones in their place already
         optimizer.__dict__.update(state=state, param_groups=param_groups)
         raise
@@ -236,6 +249,23 @@ def _merged(own: Group, group: Group, rule: Rule, foreign: bool) -> Group:
     return merged
 
 
+def _with_attached(loaded: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's loaded state with its own mask and anchor, where there are none; zero under a mask that it did not have."""
+    kept = {name: own[name] for name in ATTACHED_STATES if name in own and name not in loaded}
+    if MASK_STATE in kept:
+        loaded = {name: _masked(value, kept[MASK_STATE]) if name in ZEROED_STATES else value for name, value in loaded.items()}
+    return {**loaded, **{name: _Ready(value) for name, value in kept.items()}}
+
+
+@torch.no_grad()
+def _masked(value: Any, mask: torch.Tensor) -> Any:
+    if isinstance(value, _Ready):
+        return _Ready(_masked(value.tensor, mask))
+    if not isinstance(value, torch.Tensor) or value.shape != mask.shape:
+        return value
+    return value.masked_fill(mask.logical_not().to(value.device), 0)
+
+
 def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -> dict[str, Any]:
     """One parameter's saved state, with `_Ready` tensors where torch must not cast."""
     foreign = read_foreign(state, rule.slots(group))
@@ -248,7 +278,9 @@ def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -
             continue
         where = f"state {name!r} of parameter {index} of its group"
         if name in STAGE_STATES:
-            result |= _loaded_stage_state(group, name, value, group["params"][index], where)
+            made = loaded_stage_state(group, name, value, group["params"][index], where)
+            if made is not None:
+                result[name] = _Ready(made)
         elif name not in SLOTS:  # the user's, and the counter
             wider = isinstance(value, torch.Tensor) and name != "step" and _wider(value, group["params"][index])
             result[name] = _Ready(value.to(group["params"][index].device)) if wider else value
@@ -268,18 +300,6 @@ def _loaded_state(rule: Rule, group: Group, index: int, state: dict[str, Any]) -
         else:
             result[name] = value
     return result
-
-
-def _loaded_stage_state(group: Group, name: str, value: Any, param: torch.Tensor, where: str) -> dict[str, Any]:
-    """As it was saved, in the parameter's strides; what stages of this group do not use is left out."""
-    if name in COMPANIONS.values() and name != COMPANIONS.get(group.get("weights") or ""):
-        return {}
-    if not isinstance(value, torch.Tensor) or value.shape != param.shape:
-        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(f"{where} has shape {shape}, its parameter {tuple(param.shape)}; load a state_dict of the same model")
-    made = torch.empty_like(param, dtype=value.dtype, memory_format=torch.preserve_format, requires_grad=False)
-    with torch.no_grad():
-        return {name: _Ready(made.copy_(value))}
 
 
 def _wanted(rule: Rule, group: Group, index: int, value: torch.Tensor | _Codes) -> Format | None:
