@@ -86,7 +86,8 @@ def test_averages_are_exported_in_float32_from_within(weights: str | None, dtype
 
 def test_those_that_do_not_average_are_joined_from_within() -> None:
     first, second = (torch.nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16)) for _ in range(2))
-    optimizer = fused_opt.SGD([{"params": [first], "average": "ema"}, {"params": [second]}], lr=2.0**-10, weights="split")
+    groups: list[dict[str, Any]] = [{"params": [first], "average": "ema"}, {"params": [second]}]
+    optimizer = fused_opt.SGD(groups, lr=2.0**-10, weights="split")
     step_with(optimizer, [torch.ones(4, dtype=torch.bfloat16)] * 2)
     with optimizer.average_weights():
         assert optimizer.float32_weights()[second].tolist() == [1 - 2.0**-10] * 4
