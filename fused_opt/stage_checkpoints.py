@@ -11,7 +11,7 @@ from fused_opt.attached import ANCHOR_DTYPES
 from fused_opt.rules import Group
 from fused_opt.stages import ANCHOR_STATE, COMPANIONS, LOW_PRECISION, MASK_STATE, stage_dtypes
 
-_REMEDY = "torch.optim casts such states: load what fused_opt saved, or leave this state out"
+_REMEDY = "load what fused_opt saved for such a parameter (torch.optim casts states), or leave this state out"
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from helpers import CLASSES, assert_same_bits, assert_same_state, params_of
 from pairs import ALL_STATES, nothing_changes, step_with, through_file
 
 every_class = pytest.mark.parametrize("name", CLASSES)
-WORD = "torch.optim casts such states: load what fused_opt saved, or leave this state out"
+REMEDY = "load what fused_opt saved for such a parameter (torch.optim casts states), or leave this state out"
 
 
 def new(name: str = "AdamW", dtype: torch.dtype = torch.float32, **options: Any) -> FusedStep:
@@ -227,7 +227,10 @@ def test_states_that_have_lost_what_they_were_for_are_refused(bad: str) -> None:
     optimizer = stepped(new(dtype=torch.bfloat16, **options))
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][1][key] = value
-    with nothing_changes(optimizer), pytest.raises(ValueError, match=f"state '{key}' of parameter 1 of its group {message}; {WORD}"):
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(ValueError, match=f"state '{key}' of parameter 1 of its group {message}; {re.escape(REMEDY)}"),
+    ):
         optimizer.load_state_dict(saved)
     del saved["state"][1][key]
     optimizer.load_state_dict(saved)
