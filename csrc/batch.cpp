@@ -159,6 +159,10 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad, cons
     if (param_state != nullptr) hold(param_state);
     const bool has_states = param_state != nullptr && PyDict_Check(param_state) && PyDict_GET_SIZE(param_state) > 0;
     if (needs_states && (!has_states || lacks_rules(param_state) || (staged && lacks_stages(param_state, candidate.param)))) {
+      if (const char* because = has_states ? why_not_completed(param_state, candidate) : nullptr) {
+        declined.emplace_back(i, because);
+        continue;
+      }
       missing.push_back(std::move(candidate));
     } else {
       const char* because = nullptr;
@@ -184,7 +188,9 @@ bool Batch::gather(PyObject* param_list, PyObject* state, bool assume_grad, cons
 
 void Batch::adopt(size_t i, PyObject* param_state, bool fresh) {
   const char* because = nullptr;
-  if (!attach_states(param_state, fresh, missing.at(i), &because)) throw std::runtime_error(because);
+  if (!attach_states(param_state, fresh, missing.at(i), &because))
+    throw std::runtime_error("parameter " + std::to_string(missing[i].index) + " of its group cannot be stepped with new states: " +
+                             because + "; give the optimizer a contiguous clone of it, or delete its state to start it afresh");
   entries.push_back(missing[i].entry);
 }
 

@@ -125,8 +125,10 @@ class Batch {
   const char* classify(PyObject* param, PyObject* grad, Candidate& candidate) const;
   const char* why_not_in_tables(const Candidate& candidate) const;
   bool attach_states(PyObject* param_state, bool fresh, Candidate& candidate, const char** because);
+  const char* attach_existing(PyObject* param_state, Candidate& candidate, TensorInfo* tensors, bool& dense, bool all);
+  const char* why_not_completed(PyObject* param_state, Candidate candidate);
   void attach_scales(Candidate& candidate, int operand, const TensorInfo& codes, const TensorInfo& first, PyObject* tensor);
-  const char* attach_stages(PyObject* param_state, Candidate& candidate, TensorInfo* tensors, bool& dense);
+  const char* attach_stages(PyObject* param_state, Candidate& candidate, TensorInfo* tensors, bool& dense, bool all);
   bool lacks_rules(PyObject* param_state) const;
   bool lacks_stages(PyObject* param_state, const TensorInfo& param) const;
   void check_shapes(PyObject* param_state, const TensorInfo& param) const;

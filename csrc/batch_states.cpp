@@ -123,7 +123,7 @@ bool Batch::lacks_stages(PyObject* param_state, const TensorInfo& param) const {
 }
 
 // Null, or why this code does not serve what stages use of a parameter. `tensors` has places for them as Walk takes them.
-const char* Batch::attach_stages(PyObject* param_state, Candidate& candidate, TensorInfo* tensors, bool& dense) {
+const char* Batch::attach_stages(PyObject* param_state, Candidate& candidate, TensorInfo* tensors, bool& dense, bool all) {
   const TensorInfo& p = candidate.param;
   Entry& entry = candidate.entry;
   entry.stages = stage::kClamp | stage::kSubgradient | stage::kShrink | stage::kProximal;
@@ -131,7 +131,7 @@ const char* Batch::attach_stages(PyObject* param_state, Candidate& candidate, Te
   for (int k = kMask; k < kAllOperands; ++k) {
     PyObject* const name = layout_.stages[k - kMask];
     if (name == nullptr || (k == kCompanion && !is_short(p))) continue;
-    if (k == kMask && (param_state == nullptr || !is_there(param_state, name))) continue;
+    if ((k == kMask || !all) && (param_state == nullptr || !is_there(param_state, name))) continue;
     PyObject* const tensor = state(param_state, name, candidate);
     TensorInfo& s = tensors[k];
     if (!read_state(static_cast<size_t>(candidate.index), 2 * layout_.slots.size() + 1 + static_cast<size_t>(k - kMask), tensor, s))
@@ -160,40 +160,33 @@ const char* Batch::attach_stages(PyObject* param_state, Candidate& candidate, Te
   return nullptr;
 }
 
-// False if the states have an honest form that this code does not serve; throws if they are unusable.
-bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidate, const char** because) {
+// Null, or why the states have an honest form that this code does not serve; throws if they are unusable, or, of `all`, one is not there.
+const char* Batch::attach_existing(PyObject* param_state, Candidate& candidate, TensorInfo* tensors, bool& dense, bool all) {
   const TensorInfo& p = candidate.param;
   Entry& entry = candidate.entry;
   const size_t index = static_cast<size_t>(candidate.index), slots = layout_.slots.size();
-  TensorInfo tensors[kAllOperands] = {p, candidate.grad};
   TensorInfo* const states = tensors + kFirstState;
-  const size_t first_written = written.size();
-  bool dense = candidate.dense;
   for (size_t k = 0; k < slots; ++k) {
     const Slot& slot = layout_.slots[k];
     const int operand = kFirstState + static_cast<int>(k);
+    if (!all && !is_there(param_state, slot.name)) continue;
     PyObject* const tensor = state(param_state, slot.name, candidate);
     written.push_back(tensor);
     TensorInfo& s = states[k];
-    const auto decline = [&](const char* reason) {
-      written.resize(first_written);
-      *because = reason;
-      return false;
-    };
-    if (!read_state(index, k, tensor, s)) return decline("a state is not a plain strided tensor, or lazily negated or conjugated");
+    if (!read_state(index, k, tensor, s)) return "a state is not a plain strided tensor, or lazily negated or conjugated";
     Format format = Format::kFloat32;
     const bool codes = is_codes(s) && layout_.takes_codes;
     if (!same_shape(s, p) || is_complex(s) != is_complex(p) || !(codes || find_format(s, format))) refuse_state(slot.name, s, p);
-    if (!(s.device == p.device)) return decline("a state is on another device than the parameter");
+    if (!(s.device == p.device)) return "a state is on another device than the parameter";
     if (!same_strides(s, p)) {
       dense = false;
-      if (!surely_disjoint(s)) return decline("a state's memory may overlap itself");
+      if (!surely_disjoint(s)) return "a state's memory may overlap itself";
     }
     entry.place(operand, s, format);
     if (entry.in_tables) {
-      if (!dense) return decline("its states are not densely packed in the parameter's order");
-      if (!codes && format == Format::kFloat64) return decline("a state is float64");
-      if (!codes && !entry.operands[operand].is_aligned()) return decline("the address of a state is no multiple of its element's size");
+      if (!dense) return "its states are not densely packed in the parameter's order";
+      if (!codes && format == Format::kFloat64) return "a state is float64";
+      if (!codes && !entry.operands[operand].is_aligned()) return "the address of a state is no multiple of its element's size";
     }
     if (codes || entry.block_size > 0) {
       PyObject* const scales = codes ? state(param_state, slot.scales, candidate) : nullptr;
@@ -201,26 +194,45 @@ bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidat
       written.push_back(scales);
     }
   }
-  double step = 0;
-  if (layout_.counter != nullptr) {
+  if (layout_.counter != nullptr && (all || is_there(param_state, layout_.counter))) {
     PyObject* const tensor = state(param_state, layout_.counter, candidate);
     written.push_back(tensor);
     TensorInfo c;
     if (!read_state(index, 2 * slots, tensor, c) || !(c.device.is_cpu() || (entry.in_tables && c.device == p.device)) || c.kind != 'f' ||
-        c.bits < 32 || c.numel() != 1) {
-      written.resize(first_written);
-      return *because = "the step counter is not a one-element float32 or float64 tensor on the CPU or, where kernels run there, the GPU",
-             false;
-    }
+        c.bits < 32 || c.numel() != 1)
+      return "the step counter is not a one-element float32 or float64 tensor on the CPU or, where kernels run there, the GPU";
     entry.counter = c.data;
     entry.counter_device = c.device;
     entry.counter_is_double = c.bits == 64;
-    step = !c.device.is_cpu() ? Cohort::kUnknown : entry.counter_is_double ? load<double>(c.data) : load<float>(c.data);
   }
-  if (const char* reason = attach_stages(param_state, candidate, tensors, dense)) {
+  return attach_stages(param_state, candidate, tensors, dense, all);
+}
+
+// Null, or why this code could not serve the parameter with the states that it has, whatever is made beside them.
+const char* Batch::why_not_completed(PyObject* param_state, Candidate candidate) {
+  TensorInfo tensors[kAllOperands] = {candidate.param, candidate.grad};
+  bool dense = candidate.dense;
+  const size_t first_written = written.size();
+  const char* const because = attach_existing(param_state, candidate, tensors, dense, false);
+  written.resize(first_written);
+  return because;
+}
+
+// Completes an entry. False if the states have an honest form that this code does not serve; throws if they are unusable.
+bool Batch::attach_states(PyObject* param_state, bool fresh, Candidate& candidate, const char** because) {
+  const TensorInfo& p = candidate.param;
+  Entry& entry = candidate.entry;
+  TensorInfo tensors[kAllOperands] = {p, candidate.grad};
+  bool dense = candidate.dense;
+  const size_t first_written = written.size();
+  if ((*because = attach_existing(param_state, candidate, tensors, dense, true)) != nullptr) {
     written.resize(first_written);
-    return *because = reason, false;
+    return false;
   }
+  const double step = entry.counter == nullptr         ? 0
+                      : !entry.counter_device.is_cpu() ? Cohort::kUnknown
+                      : entry.counter_is_double        ? load<double>(entry.counter)
+                                                       : load<float>(entry.counter);
   entry.cohort = cohort(step, fresh);
   if (!dense && entry.count > 0) {
     const TensorInfo* walked[kAllOperands];

@@ -12,8 +12,8 @@ from torch.optim.optimizer import Optimizer
 from fused_opt.native import native
 from fused_opt.plain_stages import Staged
 from fused_opt.rules import eps_of
-from fused_opt.stages import LOW_PRECISION, OF_WEIGHTS, has_stages, shrinks, stage_flags
-from fused_opt.states import asked_for, format_asked_for, is_codes
+from fused_opt.stages import LOW_PRECISION, OF_WEIGHTS, STAGE_OPTIONS, has_stages, shrinks, stage_flags
+from fused_opt.states import asked_for, format_asked_for, is_codes, is_fresh, new_state
 
 if TYPE_CHECKING:
     from fused_opt.plan import GroupPlan
@@ -24,6 +24,26 @@ if TYPE_CHECKING:
 _HOOKS_CODE = Optimizer.profile_hook_step(Optimizer.step).__code__
 
 _NO_STAGES = "for which clipping by value, regularisation, masks and averages cannot be had; put it in a group without, or use sparse=False"
+
+
+def check_differentiable(group: Group, number: int) -> None:
+    """Raise ValueError if group `number` asks for stages, which are not part of the graph, of a step that is to be."""
+    if not group.get("differentiable"):
+        return
+    asked = {name: group[name] for name in STAGE_OPTIONS if group.get(name) is not None}
+    if shrinks(group):
+        asked["decoupled_weight_decay"] = True
+    if asked:
+        options = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+        raise ValueError(
+            f"group {number} has differentiable=True and {options}, of which autograd would see nothing; leave out differentiable, or do "
+            "without these and put them into the loss and the loop"
+        )
+
+
+def may_be_stepped(param: torch.Tensor) -> bool:
+    """False of frozen ones, which are in a plan to be explained only: they can be what a step would refuse."""
+    return param.requires_grad or param.grad is not None
 
 
 def check(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
@@ -37,6 +57,8 @@ def check(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
     for number, group in enumerate(groups):
         for index, reason in group.declined:
             param = group.group["params"][index]
+            if not may_be_stepped(param):
+                continue
             where = f"parameter {index} of group {number}"
             if optimizer._rule.slots(group.group):
                 if any(map(is_codes, optimizer.state.get(param, {}).values())):
@@ -85,26 +107,35 @@ def step(optimizer: FusedStep, groups: list[GroupPlan], grad_scale: torch.Tensor
         torch_step = torch_step.__wrapped__
     staged = factor != 1 or any(has_stages(group.group) for group in groups)
     if native().module is None and not staged:
+        _complete(optimizer, groups)
         torch_step(optimizer)
         return
     params = [group.group["params"][index] for group in groups for index, _ in group.declined]
-    with (
-        _undone_on_failure(optimizer, params),
-        _own_gradients(params, grad_scale),
-        _staged(optimizer, groups, factor) if staged else contextlib.nullcontext(),
-    ):
-        parts = [[share for group in groups for share in _shares(group, sparse)] for sparse in (False, True)]
-        if (
-            all(group.batch is None for group in groups)
-            and not all(parts)
-            and all(_for_torch(group.group) is group.group for group in groups)
-        ):
-            torch_step(optimizer)
-            return
-        for shares in parts:  # sparse ones last: they are not put back, but they have been checked
-            if shares:
-                with _only(optimizer, shares):
-                    torch_step(optimizer)
+    with _undone_on_failure(optimizer, params), _own_gradients(params, grad_scale):
+        _complete(optimizer, groups)
+        with _staged(optimizer, groups, factor) if staged else contextlib.nullcontext():
+            _step_parts(optimizer, groups, torch_step)
+
+
+def _step_parts(optimizer: FusedStep, groups: list[GroupPlan], torch_step: Any) -> None:
+    parts = [[share for group in groups for share in _shares(group, sparse)] for sparse in (False, True)]
+    if all(group.batch is None for group in groups) and not all(parts) and all(_for_torch(group.group) is group.group for group in groups):
+        torch_step(optimizer)
+        return
+    for shares in parts:  # sparse ones last: they are not put back, but they have been checked
+        if shares:
+            with _only(optimizer, shares):
+                torch_step(optimizer)
+
+
+def _complete(optimizer: FusedStep, groups: list[GroupPlan]) -> None:
+    """Make the rule's states beside a mask or an anchor: torch makes them only where there are none at all."""
+    rule = optimizer._rule
+    for plan in groups if rule.zero_states else ():
+        for index, _ in plan.declined:
+            state = optimizer.state.get(plan.group["params"][index])
+            if state and is_fresh(rule, plan.group, state):
+                state.update(new_state(rule, plan.group, index, state))
 
 
 @torch.no_grad()

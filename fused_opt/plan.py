@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,8 @@ from fused_opt.rules import NON_NEGATIVE, Group, Program, Rule
 from fused_opt.stages import (
     COMPANIONS,
     OF_GRADIENT,
+    SPLIT,
+    STOCHASTIC,
     check_parameter,
     check_stage_options,
     counter_of,
@@ -114,20 +116,22 @@ class Plan:
         shares: list[Share] = []
         on_device = unscales = False
         try:
-            if not in_order:
-                for (group, batch), states in zip(native_groups, new_states, strict=True):
-                    self._adopt(group.group, batch, states)
+            for (group, batch), states in zip(native_groups, new_states, strict=True):
+                self._adopt(group.group, batch, states)
+                if not in_order:
                     changed = states or factor != 1
                     programs = self._programs(group, batch, group.in_tables, factor) if changed else group.programs
                     shares.append(Share(group.group, batch, *programs))
+            if in_order:  # they have been checked, and are made in their turn
+                self._forget(native_groups, new_states)
+            else:
                 unscales = scaler is not None and _gradients_of_their_own(shares)
                 numbers = [group.number for group, _ in native_groups]
                 on_device = in_tables and self._prepare(shares, numbers, scaler, unscales, clip.on_device)
             if declines:
                 fallback.step(optimizer, self.groups, scaler and scaler.grad_scale, clip.factor)
         except BaseException:
-            for (group, _), states in zip(native_groups, new_states, strict=True):
-                self._forget(group, states)
+            self._forget(native_groups, new_states)
             raise
         if in_order:
             for (group, _), states in zip(native_groups, new_states, strict=True):
@@ -211,11 +215,15 @@ class Plan:
         _gather(batch, list(params), self.optimizer, group, gpu)  # groups before this one may have changed it
         indices, stateless = batch.indices, set(batch.missing)
         for i in indices:
+            new = new_states.get(i, {})
             if i in stateless and not rule.zero_states:  # torch decides which buffers are new before the first update
                 for slot in rule.slots(group):
-                    state[params[i]].pop(slot, None)
+                    if slot in new:
+                        state[params[i]].pop(slot, None)
             _, in_tables = _gather(batch, [params[i]], self.optimizer, group, gpu, first=i)
-            self._adopt({**group, "params": [params[i]]}, batch, [new_states[i]] if batch.missing else [])
+            existing = state.get(params[i], {})  # where it was listed before, all but that
+            lacking = {name: value for name, value in new.items() if existing.get(name) is None}
+            self._adopt({**group, "params": [params[i]]}, batch, [lacking] if batch.missing else [])
             shares = [Share(group, batch, *self._programs(plan, batch, in_tables, factor))]
             on_device = in_tables and self._prepare(shares, [plan.number], scaler, False, norm)
             self._run(shares, in_tables, on_device)
@@ -228,15 +236,16 @@ class Plan:
                 state.update(states)
                 batch.adopt(n, state, fresh)
 
-    def _forget(self, group: GroupPlan, new_states: Sequence[State]) -> None:
+    def _forget(self, groups: Sequence[tuple[GroupPlan, _cpu.Batch]], new_states: Sequence[Sequence[State]]) -> None:
         """Take new states out again."""
-        for i, states in zip(group.missing, new_states, strict=True):
-            param = group.group["params"][i]
-            if param in self.optimizer.state:
-                for slot in states:
-                    self.optimizer.state[param].pop(slot, None)
-                if not self.optimizer.state[param]:
-                    del self.optimizer.state[param]
+        for (group, _), of_group in zip(groups, new_states, strict=True):
+            for i, states in zip(group.missing, of_group, strict=True):
+                param = group.group["params"][i]
+                if param in self.optimizer.state:
+                    for slot in states:
+                        self.optimizer.state[param].pop(slot, None)
+                    if not self.optimizer.state[param]:
+                        del self.optimizer.state[param]
 
     def _new_states(self, group: Group, missing: Sequence[int]) -> list[State]:
         state: dict[torch.Tensor, Any] = self.optimizer.state
@@ -267,18 +276,22 @@ def plan(optimizer: FusedStep, assume_grad: bool = False) -> Plan:
 
 
 def _plan_group(optimizer: FusedStep, backend: Native, gpu: int, kept: Kept, index: int, group: Group, assume_grad: bool) -> GroupPlan:
-    params, number = group["params"], optimizer._place[0] + index
+    params, number, staged = group["params"], optimizer._place[0] + index, has_stages(group)
+    if staged:
+        check_stage_options(group)
+        fallback.check_differentiable(group, number)
     reason = _why_not_native(backend, group, gpu)
     if reason:
         with_grad = [i for i, p in enumerate(params) if assume_grad or p.grad is not None]
-        return GroupPlan(group, number, (), None, (), Programs(), [(i, reason) for i in with_grad], staged=has_stages(group))
+        if staged:
+            _check_parameters(group, stage_flags(group), with_grad)
+        return GroupPlan(group, number, (), None, (), Programs(), [(i, reason) for i in with_grad], staged=staged)
     check_storage_options(group)
     rule = optimizer._rule
-    slots, staged = rule.slots(group), has_stages(group)
+    slots = rule.slots(group)
     counter, names = rule.counter, slots
     stages: tuple[str, ...] = ()
     if staged:
-        check_stage_options(group)
         counter, stages = counter_of(rule, group), stage_states(group)
         names = (*slots, counter, *stages)
     batch: _cpu.Batch = kept.batches.get((index, names)) or backend.module.Batch(
@@ -293,8 +306,10 @@ def _plan_group(optimizer: FusedStep, backend: Native, gpu: int, kept: Kept, ind
     declined: Sequence[tuple[int, str]] = ()
     in_list = params if type(params) is list else list(params)
     unusual, in_tables = _gather(batch, in_list, optimizer, group, gpu, assume_grad, optimizer._place[1])
-    for i in range(len(params)) if staged else ():
-        check_parameter(group, i)
+    if staged:
+        flags = stage_flags(group)
+        _check_parameters(group, flags, batch.indices if flags & (SPLIT | STOCHASTIC) else batch.complex)
+        _check_parameters(group, flags, (i for i, _ in batch.declined))
     if unusual:
         missing = batch.missing
         declined = [(i, _explained(reason, group)) for i, reason in batch.declined]
@@ -320,6 +335,13 @@ def _plan_group(optimizer: FusedStep, backend: Native, gpu: int, kept: Kept, ind
         raise type(error)(f"param group {index} has an option of a value that cannot be used: {error}; its options are {options}") from None
     served = None if declined and not batch.indices else batch
     return GroupPlan(group, number, names, served, missing, programs, declined, in_tables, staged)
+
+
+def _check_parameters(group: Group, flags: int, indices: Iterable[int]) -> None:
+    """Raise ValueError if one of these cannot have what the group asks for."""
+    for i in indices:
+        if fallback.may_be_stepped(group["params"][i]):
+            check_parameter(group, i, flags)
 
 
 def _gather(

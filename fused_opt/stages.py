@@ -276,9 +276,9 @@ def _check_beginning(group: Group, param: torch.Tensor, existing: Mapping[str, A
         )
 
 
-def check_parameter(group: Group, index: int) -> None:
-    """Raise ValueError if a parameter of the group cannot have what the group asks for."""
-    param, flags = group["params"][index], stage_flags(group)
+def check_parameter(group: Group, index: int, flags: int) -> None:
+    """Raise ValueError if a parameter of the group cannot have what the group asks for. `flags`: the group's stages."""
+    param = group["params"][index]
     if param.is_complex() and (group.get("max_grad_value") is not None or flags & (SUBGRADIENT | PROXIMAL)):
         names = "max_grad_value and l1"
         raise ValueError(f"parameter {index} of its group is {param.dtype}, for which {names} have no meaning; put it in a group without")

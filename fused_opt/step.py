@@ -13,11 +13,12 @@ from torch._compile import _disable_dynamo
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_opt import compiled
+from fused_opt import clipping, compiled
 from fused_opt.attached import set_anchors, set_masks
 from fused_opt.averages import average_weights
 from fused_opt.checkpoints import loading, saved
 from fused_opt.errors import completed
+from fused_opt.fallback import check_differentiable
 from fused_opt.native import native
 from fused_opt.plan import Kept, Ran, plan
 from fused_opt.rules import Group, Rule
@@ -46,7 +47,7 @@ class FusedStep(torch.optim.Optimizer):
             stays as it is (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063). One norm of all gradients of all groups, for which they
             are read once more; `last_grad_norm` has it. inf only measures. `reduce_grad_norm`, if set, is called with the sum of squares
             (the largest magnitude), a float64 tensor without dimensions, to combine it with those of other ranks: it changes the tensor in
-            place or returns another.
+            place or returns another. Copies of the optimizer do not have it, as they have none of torch's hooks: set it there again.
         grad_norm_type: 2 (the default), or inf: the largest magnitude.
         nonfinite_grad_norm: what a norm that is infinite or NaN means: "as_torch" (the default: weights become NaN), "raise" a
             RuntimeError before anything is changed, or "skip" the step.
@@ -78,6 +79,7 @@ class FusedStep(torch.optim.Optimizer):
     _kept: Kept
     _place: tuple[int, int] = (0, 0)  # numbers of the first group and of its first parameter, if this is a part of another optimizer
     _evaluates: bool = False  # whether the weights are their averages
+    _is_made: bool = True  # False while torch's constructor adds groups, which have not all their options yet
     _last_grad_norm: torch.Tensor | tuple[float, torch.dtype] | None = None
     reduce_grad_norm: Callable[[torch.Tensor], torch.Tensor | None] | None = None
     _last_ran: Ran | None = None  # the newest native call: for tests and reports, to prove which code ran
@@ -119,6 +121,12 @@ class FusedStep(torch.optim.Optimizer):
                 _complete_storage_options(param_group, self._default_state_dtype)
                 check_stage_options({**self.defaults, **param_group})
             super().add_param_group(param_group)
+            if self._is_made:
+                try:
+                    _check_groups(self)
+                except ValueError:
+                    self.param_groups.pop()
+                    raise
         except (TypeError, ValueError) as error:
             raise completed(error) from None
 
@@ -217,6 +225,7 @@ class FusedStep(torch.optim.Optimizer):
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
+            self._check_weights()  # before the closure, with the averages as weights, makes gradients
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_dynamo_compiling():
@@ -227,11 +236,14 @@ class FusedStep(torch.optim.Optimizer):
 
     @_disable_dynamo  # it cannot be traced: torch.compile breaks its graph here, unless it takes the other way. Costs 1 us a step.
     def _run(self) -> None:
-        if self._evaluates:
-            raise RuntimeError("the weights are their averages, which a step would overwrite; leave average_weights() first")
+        self._check_weights()
         the_plan = plan(self)
         the_plan.run()
         the_plan.release()
+
+    def _check_weights(self) -> None:
+        if self._evaluates:
+            raise RuntimeError("the weights are their averages, which a step would overwrite; leave average_weights() first")
 
     def _traceable(self) -> bool:
         return compiled.traceable(self)
@@ -256,7 +268,9 @@ def _extended(torch_init: Callable[..., None], default_state_dtype: str | None) 
         try:
             _complete_storage_options(own, default_state_dtype)
             check_stage_options(own)
+            self._is_made = False
             torch_init(self, *args, **kwargs)
+            del self._is_made
             for group in self.param_groups:
                 check_stage_options({**own, **group})
                 if not asks_for_8bit({**own, **group}):
@@ -265,6 +279,7 @@ def _extended(torch_init: Callable[..., None], default_state_dtype: str | None) 
                     group.setdefault(name, value)
             if not any(asks_for_8bit(group) for group in self.param_groups):
                 _refuse_8bit_options(own)
+            _check_groups(self)
         except (TypeError, ValueError) as error:
             raise completed(error) from None
         self.defaults.update(own)
@@ -279,6 +294,13 @@ def _extended(torch_init: Callable[..., None], default_state_dtype: str | None) 
     ]
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
     return __init__
+
+
+def _check_groups(optimizer: FusedStep) -> None:
+    """Raise ValueError for options that the first step would refuse."""
+    clipping.check(optimizer)
+    for number, group in enumerate(optimizer.param_groups):
+        check_differentiable(group, number)
 
 
 def _complete_storage_options(options: dict[str, Any], default_state_dtype: str | None) -> None:
