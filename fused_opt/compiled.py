@@ -22,8 +22,8 @@ def step(optimizer: FusedStep) -> None:
     """What the compiler traces in place of a step. Where that cannot be, it breaks its graph here."""
     rule = optimizer._rule
     fresh_formats = None
-    groups = optimizer.param_groups
-    if not hasattr(optimizer, "found_inf") and not _asks_for_stages(groups) and optimizer._traceable():
+    if not hasattr(optimizer, "found_inf") and optimizer._traceable() and not _asks_for_stages(optimizer.param_groups):
+        groups = optimizer.param_groups
         with_grad = [[i for i, param in enumerate(group["params"]) if param.grad is not None] for group in groups]
         fresh_formats = optimizer._prepare(with_grad)
     if fresh_formats is None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from fused_opt import stages
-from fused_opt.states import is_fresh, new_state
 
 if TYPE_CHECKING:
     from fused_opt.rules import Group, Rule
@@ -22,8 +21,6 @@ class Staged:
         """`factor`: what the gradient is multiplied with, beside its sign, which is torch's concern."""
         self._param, self._state, self._group = group["params"][index], state, group
         self._flags = stages.stage_flags(group)
-        if rule.zero_states and state and is_fresh(rule, group, state):  # torch makes its states only where there are none at all
-            state.update(new_state(rule, group, index, state))
         counter = stages.counter_of(rule, group)
         step = float(state[counter]) + 1 if counter in state else 1.0
         self._scalars = stages.stage_scalars_of(group, number, step, factor)

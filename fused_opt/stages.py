@@ -121,6 +121,11 @@ NEEDS = {
 }
 
 
+def inherited(options: Mapping[str, Any], group: Group) -> dict[str, Any]:
+    """What a group takes of an optimizer's options: not those that belong to an option of which it has a value of its own."""
+    return {name: value for name, value in options.items() if name not in group and NEEDS.get(name, name) not in group}
+
+
 def _check_number(options: Mapping[str, Any], name: str, allowed: str, least: float, most: float = math.inf, finite: bool = False) -> None:
     value = options.get(name)
     if value is None:
@@ -280,8 +285,10 @@ def check_parameter(group: Group, index: int, flags: int) -> None:
     """Raise ValueError if a parameter of the group cannot have what the group asks for. `flags`: the group's stages."""
     param = group["params"][index]
     if param.is_complex() and (group.get("max_grad_value") is not None or flags & (SUBGRADIENT | PROXIMAL)):
-        names = "max_grad_value and l1"
-        raise ValueError(f"parameter {index} of its group is {param.dtype}, for which {names} have no meaning; put it in a group without")
+        asked = [f"{name}={group[name]}" for name in ("max_grad_value", "l1") if group.get(name) is not None]
+        raise ValueError(
+            f"parameter {index} of its group is {param.dtype}, for which {' and '.join(asked)} has no meaning; put it in a group without"
+        )
     if flags & STOCHASTIC and param.dtype == torch.float16:
         raise ValueError(
             f"weights='stochastic' cannot be had for parameter {index} of its group, which is float16: it is for bfloat16; "

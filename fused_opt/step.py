@@ -22,7 +22,7 @@ from fused_opt.fallback import check_differentiable
 from fused_opt.native import native
 from fused_opt.plan import Kept, Ran, plan
 from fused_opt.rules import Group, Rule
-from fused_opt.stages import GIVEN_OPTIONS, STAGE_STATES, check_stage_options
+from fused_opt.stages import GIVEN_OPTIONS, STAGE_OPTIONS, STAGE_STATES, check_stage_options, inherited
 from fused_opt.states import STORAGE_OPTIONS, Format, asks_for_8bit, check_storage_options
 from fused_opt.weights import float32_weights
 
@@ -119,6 +119,11 @@ class FusedStep(torch.optim.Optimizer):
         try:
             if isinstance(param_group, dict):
                 _complete_storage_options(param_group, self._default_state_dtype)
+                if self._is_made:  # otherwise torch gives it all defaults
+                    without = {name for name in STAGE_OPTIONS if name in self.defaults}.difference(
+                        param_group, inherited(self.defaults, param_group)
+                    )
+                    param_group.update(dict.fromkeys(without))
                 check_stage_options({**self.defaults, **param_group})
             super().add_param_group(param_group)
             if self._is_made:
@@ -173,8 +178,9 @@ class FusedStep(torch.optim.Optimizer):
     def average_weights(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the parameters have the averages of their weights (`average="ema"` or "swa") as values, to evaluate with.
 
-        Those without an average, such as frozen ones, stay as they are. Afterwards the weights are what they were, bit for bit, whatever
-        was raised. Meanwhile there is a copy of them, and the optimizer cannot step.
+        Those without an average, such as frozen ones, those whose average has not begun (`average_start`), and those of groups that average
+        no more, stay as they are; so do buffers: see torch.optim.swa_utils.update_bn, whose statistics stay when this is left. Afterwards
+        the weights are what they were, bit for bit, whatever was raised. Meanwhile there is a copy of them, and the optimizer cannot step.
 
         Raises:
             RuntimeError: no group averages; or this context is entered already.
@@ -182,7 +188,11 @@ class FusedStep(torch.optim.Optimizer):
         return average_weights(self)
 
     def float32_weights(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Each parameter's value in float32, a new tensor, with what `weights="kahan"`, "split" or "master" keep beside it: to export."""
+        """Each parameter's value in float32, a new tensor, with what `weights="kahan"`, "split" or "master" keep beside it: to export.
+
+        Complex parameters are complex64. Within `average_weights()` those that have an average are it: so averages of 16-bit weights, which
+        the parameters then show rounded, are exported in float32.
+        """
         return float32_weights(self)
 
     def set_masks(self, masks: Mapping[torch.Tensor, torch.Tensor | None]) -> None:
@@ -272,11 +282,11 @@ def _extended(torch_init: Callable[..., None], default_state_dtype: str | None) 
             torch_init(self, *args, **kwargs)
             del self._is_made
             for group in self.param_groups:
-                check_stage_options({**own, **group})
+                its_own = inherited(own, group)
+                check_stage_options({**its_own, **group})
                 if not asks_for_8bit({**own, **group}):
                     _refuse_8bit_options(group)
-                for name, value in own.items():
-                    group.setdefault(name, value)
+                group.update(its_own)
             if not any(asks_for_8bit(group) for group in self.param_groups):
                 _refuse_8bit_options(own)
             _check_groups(self)

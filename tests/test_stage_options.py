@@ -115,6 +115,27 @@ def test_float16_is_refused(weights: str) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("given", "of_group", "left_out"),
+    [
+        ({"average": "ema", "average_decay": 0.9}, {"average": None}, "average_decay"),
+        ({"average": "ema", "average_decay": 0.9}, {"average": "swa"}, "average_decay"),
+        ({"weights": "stochastic", "rounding_seed": 4}, {"weights": "kahan"}, "rounding_seed"),
+        ({"l1": 0.1, "l1_method": "subgradient"}, {"l1": None}, "l1_method"),
+    ],
+    ids=str,
+)
+def test_a_group_with_another_value_does_not_inherit_what_belongs_to_it(
+    given: dict[str, Any], of_group: dict[str, Any], left_out: str
+) -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = fused_opt.AdamW([{"params": params[:1]}, {"params": params[1:2], **of_group}], **given)
+    optimizer.add_param_group({"params": params[2:], **of_group})
+    assert [group.get(left_out) for group in optimizer.param_groups] == [given[left_out], None, None]
+    run_steps(optimizer, [[torch.ones(3)] * 3])
+    assert optimizer.param_groups[0].get(next(iter(given))) == next(iter(given.values()))
+
+
 def test_explain_tells_every_option() -> None:
     param = torch.nn.Parameter(torch.ones(3).bfloat16())
     average = {"average": "ema", "average_decay": 0.9, "average_start": 10, "average_every": 3}

@@ -48,7 +48,8 @@ def by_two(model: Any) -> tuple[Any, Any]:
 
 def clipped_group(model: Any) -> tuple[Any, Any]:
     optimizer = adamw(model)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "max_grad_norm": 2.0})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    optimizer.param_groups[1]["max_grad_norm"] = 2.0
     return model, optimizer
 
 
