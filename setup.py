@@ -28,6 +28,8 @@ SANITIZE = os.environ.get("FUSED_OPT_SANITIZE", "")
 SPEED_FLAGS = ["-Og", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else ["-O3"]
 # Of what runs once a tensor or a step, and of the kernels for x86 CPUs before 2013, whose fma is a call: 0.08 MB of the wheel.
 SMALL_FLAGS = [] if SANITIZE else ["-O2"]
+# Nothing is thrown in kernels, and they call nobody: without tables for unwinding them the wheel has 0.03 MB less.
+KERNEL_ONLY_FLAGS = [] if SANITIZE else ["-fno-exceptions", "-fno-asynchronous-unwind-tables"]
 LINK_FLAGS = ["-shared", "-fopenmp", f"-fsanitize={SANITIZE}" if SANITIZE else "-s"]
 COMMON_FLAGS = ["-std=c++17", *SPEED_FLAGS, "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
 if os.environ.get("FUSED_OPT_WERROR"):  # for CI: a user's newer compiler may know more warnings
@@ -60,7 +62,7 @@ def write_ninja(build_dir: Path) -> None:
             target = f"{source.stem}.o"
             objects += ninja_file.build(target, "compile", str(source), variables={"flags": [*COMMON_FLAGS, *SMALL_FLAGS, *includes]})
         for isa in ISAS:
-            flags = [*COMMON_FLAGS, *KERNEL_FLAGS["all"], *KERNEL_FLAGS[isa], f"-DFUSED_OPT_ISA={isa}"]
+            flags = [*COMMON_FLAGS, *KERNEL_ONLY_FLAGS, *KERNEL_FLAGS["all"], *KERNEL_FLAGS[isa], f"-DFUSED_OPT_ISA={isa}"]
             if isa == "scalar" and len(ISAS) > 1:
                 flags += SMALL_FLAGS
             for source in sorted((CSRC / "kernels").glob("*.cpp")):
