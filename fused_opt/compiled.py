@@ -55,7 +55,7 @@ def _asks_for_stages(groups: Sequence[Group]) -> bool:
     """Whether a group may ask for what the operator does not know. Traced, key by key: so the compiler sees if that changes later."""
     for group in groups:
         for name in STAGE_OPTIONS:
-            if group.get(name):
+            if group.get(name) is not None:  # 0 is a limit, too
                 return True
         if "betas" not in group and group.get("decoupled_weight_decay"):
             return True

@@ -15,6 +15,7 @@ VALUES = [torch.linspace(-1, 1, 24).view(4, 6), torch.linspace(0.5, 2, 7)]
 SWITCHED_ON: tuple[tuple[str, dict[str, Any]], ...] = (
     ("AdamW", {"max_grad_norm": 1e-3}),
     ("AdamW", {"max_grad_value": 1e-2}),
+    ("SGD", {"max_grad_value": 0.0}),  # given, though false
     ("RMSprop", {"l1": 0.1}),
     ("Adam", {"anchor_decay": 0.5}),
     ("AdamW", {"average": "ema", "average_start": 2}),
