@@ -145,6 +145,7 @@ def test_norm(dtype: torch.dtype, largest: bool, use_backend: UseBackend, on_gpu
 
 IN_RULE: dict[str, Any] = {"maximize": True}  # which has the factor of gradients
 IN_STAGE = {"max_grad_value": 0.02, "grad_norm_type": math.inf}
+MEASURED = {"max_grad_norm": math.inf}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,7 @@ IN_STAGE = {"max_grad_value": 0.02, "grad_norm_type": math.inf}
     [
         (IN_RULE, "as_torch", 1024.0),
         (IN_STAGE, "skip", 1.0),
+        (MEASURED, "as_torch", 1.0),
         *slow([(IN_RULE, "skip", 1.0), (IN_RULE, "skip", 1024.0), (IN_STAGE, "as_torch", 1.0), (IN_STAGE, "as_torch", 1024.0)]),
     ],
     ids=str,
@@ -163,7 +165,8 @@ def test_clipping_by_a_norm_on_the_device(
     use_backend: UseBackend,
     on_gpu: OnGpu,
 ) -> None:
-    """One norm is below the limit; one is infinite: then there is no step, or one with gradients of 0 and NaN, as torch makes them."""
+    """One norm is below the limit; one is infinite: then there is no step, or one with gradients of 0 and NaN, as torch makes them, or, with
+    an infinite limit, one with gradients as they are."""
     launcher = on_gpu(90)
     generator = torch.Generator().manual_seed(0)
     grads = [[torch.randint(-100, 100, (count,), generator=generator).float() for count in (1300, 7)] for _ in range(4)]
@@ -173,7 +176,7 @@ def test_clipping_by_a_norm_on_the_device(
     for backend, own in (("triton", {"capturable": True}), ("cpu", {})):
         use_backend(backend)
         params = [torch.nn.Parameter(torch.ones_like(grad)) for grad in grads[0]]
-        optimizer: Any = fused_opt.AdamW(params, max_grad_norm=0.5, nonfinite_grad_norm=nonfinite, **options, **own)
+        optimizer: Any = fused_opt.AdamW(params, **{"max_grad_norm": 0.5, **options, **own}, nonfinite_grad_norm=nonfinite)
         norms = []
         for step_grads in grads:
             for param, grad in zip(params, step_grads, strict=True):
