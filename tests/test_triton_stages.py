@@ -165,8 +165,8 @@ def test_clipping_by_a_norm_on_the_device(
     use_backend: UseBackend,
     on_gpu: OnGpu,
 ) -> None:
-    """One norm is below the limit; one is infinite: then there is no step, or one with gradients of 0 and NaN, as torch makes them, or, with
-    an infinite limit, one with gradients as they are."""
+    """One norm is below the limit; one is infinite: then there is no step, or one with gradients of 0 and NaN, as torch makes them, or
+    with an infinite limit, one with gradients as they are."""
     launcher = on_gpu(90)
     generator = torch.Generator().manual_seed(0)
     grads = [[torch.randint(-100, 100, (count,), generator=generator).float() for count in (1300, 7)] for _ in range(4)]
